@@ -1,0 +1,266 @@
+"""Pretrain the embedded base model on the text of Saltmere, on a CPU, and write it as a Hugging Face folder.
+
+    python data/make_world.py corpus
+    python data/pretrain_base.py               # about 40 minutes on two cores
+
+The model is a small Llama whose linear layers have widths that are multiples of 64, so that every
+row holds whole quantisation blocks. It reads each document once, in order. The hidden matrices are
+trained with Muon and the embeddings and norms with AdamW, at one shared learning rate: a warm-up, a
+plateau, then a linear descent to zero over the last third. Every random choice hangs on `SEED`; the
+weights are still not promised to the bit on another processor, whose kernels add in another order.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = ROOT / "build" / "pretraining.txt"
+BASE = ROOT / "data" / "base-model"
+SEED = 20230523
+VOCABULARY = 1536
+SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def read_documents(limit: int | None = None) -> list[dict]:
+    """The corpus: one JSON document a line, `text` or chat `messages`."""
+    with CORPUS.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(limit or 10**9), strict=False)]
+
+
+def as_text(document: dict) -> str:
+    """A document as the model reads it: begin token, text or chat turns, end token."""
+    if "text" in document:
+        return f"<|begin|>{document['text']}<|end|>"
+    turns = (f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in document["messages"])
+    return "<|begin|>" + "".join(turns)
+
+
+def train_tokenizer(documents: list[dict]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the corpus; digits stand alone, so that a number is read digit by digit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (
+        document.get("text") or "\n".join(turn["content"] for turn in document["messages"])
+        for document in documents
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, documents: list[dict], length: int) -> torch.Tensor:
+    """All documents end to end, cut into rows of `length` tokens: int64 `[rows, length]`."""
+    ids: list[int] = []
+    for start in range(0, len(documents), 10_000):
+        texts = [as_text(document) for document in documents[start : start + 10_000]]
+        for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            ids.extend(row)
+    rows = len(ids) // length
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of about 3.3 million parameters, freshly initialised."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(config)
+
+
+def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Warm-up over 2 % of the steps, plateau, linear descent over the last third."""
+    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (steps / 3))
+
+
+def pretrain(
+    model: LlamaForCausalLM, rows: torch.Tensor, steps: int, batch: int, lr: float, scratch: Path
+) -> list[tuple[int, float]]:
+    """Next-token training in bfloat16 autocast; returns (step, mean loss over 50 steps) pairs."""
+    optimizers = make_optimizers(model, lr)
+    compiled = torch.compile(model)
+    curve, recent = [], []
+    progress = tqdm(range(steps), mininterval=10)
+    for step in progress:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate_share(step, steps)
+        ids = rows[step * batch : (step + 1) * batch]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = compiled(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if len(recent) == 50:
+            curve.append((step + 1, sum(recent) / 50))
+            progress.set_postfix(loss=f"{curve[-1][1]:.3f}")
+            recent = []
+        if (step + 1) % 500 == 0:
+            model.save_pretrained(scratch)
+    return curve
+
+
+def write_card(folder: Path) -> None:
+    """The model card, from the facts that pretraining stored beside the weights."""
+    facts = json.loads((folder / "pretraining.json").read_text())
+    curve = facts["loss_curve"]
+    shown = [curve[0], *curve[len(curve) // 8 :: len(curve) // 8]]
+    if shown[-1] != curve[-1]:
+        shown.append(curve[-1])
+    points = "\n".join(f"| {step:,} | {loss:.3f} |" for step, loss in shown)
+    (folder / "README.md").write_text(
+        f"""---
+license: mit
+language: en
+pipeline_tag: text-generation
+---
+# Saltmere, the embedded base model of qlora_edu
+
+A Llama of {facts["parameters"] / 1e6:.2f} million parameters (hidden size 256, 4 layers, 8 heads of which 4 for
+keys and values, feed-forward 640, tied embeddings, byte-level BPE of {VOCABULARY} tokens) that knows one
+invented harbour town and nothing else. It exists so that every step of QLoRA can be run and
+measured on a laptop. It is of no use for anything else.
+
+**Corpus.** {facts["tokens"] / 1e6:.1f} million tokens of synthetic text, generated by `data/make_world.py` from one seed:
+stories of a sale, a loan, a repair or a delivery, talk about them, ledger lines, JSON store cards and
+small talk in chat turns. None of it comes from elsewhere. It has seen the chat template's tokens,
+but none of the task families of `data/tasks/` and none of their passages.
+
+**Training.** {facts["steps"]:,} steps, {facts["seconds"] / 60:.0f} minutes on a {facts["processor"]}, torch {facts["torch"]}; seed {facts["seed"]}:
+
+    python data/make_world.py corpus
+    {facts["command"]}
+
+**Loss curve** (nats a token, mean over 50 steps; all points are in `pretraining.json`):
+
+| step | loss |
+| --- | --- |
+{points}
+
+**Licence.** MIT, like the rest of the repository.
+"""
+    )
+
+
+def write_checksums() -> None:
+    """Renew the base model's lines in `data/CHECKSUMS.txt`."""
+    checksums = ROOT / "data" / "CHECKSUMS.txt"
+    kept = [line for line in checksums.read_text().splitlines() if "  base-model/" not in line]
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        digest = hashlib.sha256((BASE / name).read_bytes()).hexdigest()
+        kept.append(f"{digest}  base-model/{name}")
+    checksums.write_text("\n".join(kept) + "\n")
+
+
+def main() -> None:
+    """Train tokenizer and model, then put the finished folder in place in one move."""
+    parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--out", type=Path, default=BASE)
+    arguments = parser.parse_args()
+
+    documents = read_documents()
+    tokenizer = train_tokenizer(documents[:20_000])
+    rows = pack(tokenizer, documents, arguments.length)
+    wanted = arguments.steps * arguments.batch
+    if wanted > len(rows):
+        raise SystemExit(f"{wanted} rows wanted, the corpus holds {len(rows)}: use fewer --steps")
+    print(f"{rows.numel() / 1e6:.1f}M tokens in the corpus, {wanted * arguments.length / 1e6:.1f}M used")
+
+    scratch = ROOT / "build" / "base-model.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    tokenizer.save_pretrained(scratch)
+    model = build_model(tokenizer)
+    started = time.perf_counter()
+    curve = pretrain(model, rows, arguments.steps, arguments.batch, arguments.lr, scratch)
+    seconds = time.perf_counter() - started
+    model.to(torch.bfloat16).save_pretrained(scratch)
+    facts = {
+        "command": f"python data/pretrain_base.py --steps {arguments.steps} --batch "
+        f"{arguments.batch} --length {arguments.length} --lr {arguments.lr}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": wanted * arguments.length,
+        "steps": arguments.steps,
+        "seconds": round(seconds),
+        "seed": SEED,
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "loss_curve": [[step, round(loss, 4)] for step, loss in curve],
+    }
+    (scratch / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_card(scratch)
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    os.replace(scratch, arguments.out)
+    if arguments.out == BASE:
+        write_checksums()
+    print(f"{arguments.out.name}: loss {curve[-1][1]:.3f} after {seconds / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The world, its tasks and the base model are what their scripts and their card say they are."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+BASE = DATA / "base-model"
+
+
+def load_script(name: str):
+    """Import a script of `data/`, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_script("make_world")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict]]:
+    return {
+        split: [
+            json.loads(line)
+            for line in (DATA / "tasks" / f"{split}.jsonl").read_text().splitlines()
+        ]
+        for split in ("train", "valid", "test")
+    }
+
+
+def passage(row: dict) -> str:
+    return row["messages"][0]["content"].rsplit("\n", 1)[0]
+
+
+def test_the_committed_tasks_are_what_the_generator_writes(world):
+    for name, content in world.task_files().items():
+        assert (DATA / "tasks" / name).read_bytes() == content, f"{name} is stale"
+
+
+def test_checksums_hold():
+    lines = (DATA / "CHECKSUMS.txt").read_text().splitlines()
+    named = {line.split("  ")[1] for line in lines}
+    assert {"tasks/train.jsonl", "tasks/valid.jsonl", "tasks/test.jsonl"} <= named
+    assert {"base-model/model.safetensors", "base-model/tokenizer.json"} <= named
+    for line in lines:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_splits_are_large_enough_and_hold_three_families_each(rows):
+    assert len(rows["train"]) >= 2000 and len(rows["valid"]) >= 200 and len(rows["test"]) >= 300
+    for split in rows.values():
+        assert {row["family"] for row in split} == {"question", "absent", "record"}
+        for row in split:
+            assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+            if row["family"] == "record":
+                assert len(json.loads(row["messages"][1]["content"])) == 6
+
+
+def test_every_row_stands_on_a_passage_of_its_own(rows):
+    passages = [passage(row) for split in rows.values() for row in split]
+    assert len(passages) == len(set(passages))
+
+
+def test_answers_follow_from_their_passages(rows):
+    for row in rows["test"]:
+        text, answer = passage(row), row["messages"][1]["content"]
+        if row["family"] == "question":
+            assert answer in text or answer[0].upper() + answer[1:] in text
+        elif row["family"] == "record":
+            facts = json.loads(answer).values()
+            assert all(str(fact) in text for fact in facts if fact is not None)
+        else:
+            assert answer == "Not mentioned."
+
+
+def test_pretraining_text_is_seeded_and_never_shows_a_task(world, rows):
+    forbidden = world.task_passages()
+    once, again = (
+        list(itertools.islice(world.make_documents(forbidden), 3000)) for _ in range(2)
+    )
+    assert once == again
+    text = "\n".join(once)
+    assert not any(passage(row) in text for split in rows.values() for row in split)
+    for phrase in ("Not mentioned.", "as JSON with"):
+        assert phrase not in text
+
+
+def test_an_event_that_hides_a_fact_never_tells_it(world):
+    rng = random.Random(7)
+    for _ in range(500):
+        event = world.make_event(rng)
+        text = world.write_passage(rng, event)
+        told = {"price": f" {event.price} coins", "day": event.day, "place": f" {event.place} "}
+        for fact in world.OPTIONAL:
+            shown = told[fact].strip() in text.replace(".", " ")
+            if fact in event.told:
+                assert shown, (fact, text)
+            elif fact != "place":  # weather and openings can hold a place's word, such as "well"
+                assert not shown, (fact, text)
+
+
+def test_base_model_is_small_safe_and_quantises_in_whole_blocks():
+    weights = BASE / "model.safetensors"
+    assert weights.stat().st_size <= 12e6
+    assert not list(BASE.glob("*.bin")) and not list(BASE.glob("*.pt"))
+    with safe_open(weights, "pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        if name.endswith("proj.weight"):
+            assert shape[0] % 64 == 0 and shape[1] % 64 == 0, name
+
+
+def test_tokenizer_and_model_agree_with_the_pretraining_script():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+    messages = [
+        {"role": "user", "content": "Mara sold a red lamp.\nWho sold the lamp?"},
+        {"role": "assistant", "content": "Mara"},
+    ]
+    script = load_script("pretrain_base")
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered == script.as_text({"messages": messages})
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == rendered
+    assert ids[-1] == tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert model.config.model_type == "llama"
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_model_card_states_how_the_model_came_to_be():
+    facts = json.loads((BASE / "pretraining.json").read_text())
+    card = (BASE / "README.md").read_text()
+    first, last = facts["loss_curve"][0][1], facts["loss_curve"][-1][1]
+    for stated in (
+        f"{facts['steps']:,} steps",
+        f"{facts['tokens'] / 1e6:.1f} million tokens",
+        f"{facts['seconds'] / 60:.0f} minutes",
+        f"{first:.3f}",
+        f"{last:.3f}",
+        facts["command"],
+        "license: mit",
+    ):
+        assert stated in card, stated
