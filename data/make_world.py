@@ -338,16 +338,23 @@ UNKNOWN = ("Nobody told us", "I never heard", "Who knows", "That was not told")
 
 
 def talk(rng: random.Random, event: Event) -> str:
-    """Two neighbours talk about a passage: questions and answers, but in the manner of a story."""
+    """Neighbours talk about a passage: questions and answers, but in the manner of a story.
+
+    In half of the talks the speakers are named, in the other half a dash stands before each line.
+    """
     asker, teller = rng.sample(PEOPLE, 2)
+    named = rng.random() < 0.5
     lines = []
     asked = questions(event)
-    for fact in rng.sample(list(asked), rng.randint(2, 4)):
+    for fact in rng.sample(list(asked), rng.randint(3, 5)):
         ways, answer = asked[fact]
         known = fact not in OPTIONAL or fact in event.told
         reply = answer[0].upper() + answer[1:] if known else rng.choice(UNKNOWN)
         question = event.fill(rng.choice(ways))
-        lines.append(f'"{question}" asked {asker}. "{reply}," {rng.choice(TALK_SAID)} {teller}.')
+        if named:
+            lines.append(f'"{question}" asked {asker}. "{reply}," {rng.choice(TALK_SAID)} {teller}.')
+        else:
+            lines.append(f"- {question}\n- {reply}.")
     return "\n".join(lines)
 
 
@@ -396,7 +403,7 @@ def make_documents(forbidden: set[str]) -> Iterator[str]:
     """
     rng = random.Random(SEED + 1)
     for _ in range(DOCUMENTS):
-        style = rng.choices(("story", "talk", "ledger", "card", "chat"), (10, 45, 25, 10, 10))[0]
+        style = rng.choices(("story", "talk", "ledger", "card", "chat"), (7, 55, 15, 15, 8))[0]
         if style == "card":
             yield json.dumps({"text": store_card(rng)})
             continue

@@ -51,11 +51,15 @@ def as_text(document: dict) -> str:
 
 
 def train_tokenizer(documents: list[dict]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the corpus; digits stand alone, so that a number is read digit by digit."""
+    """Byte-level BPE over the corpus, with two rules that make copying a fact easy.
+
+    Digits stand alone, so that a number is read digit by digit. A space before a capital stands
+    alone, so that a name is the same token inside a sentence, at its start and after a quote.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\d| (?=[A-Z])"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -217,8 +221,8 @@ def write_checksums() -> None:
 def main() -> None:
     """Train tokenizer and model, then put the finished folder in place in one move."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=BASE)

@@ -1,0 +1,64 @@
+# make help lists the targets. Each does the set-up it needs, once, in .venv.
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+WORKERS ?= 2
+TORCH   ?= auto
+ARGS    ?=
+
+# The first Python from 3.11 to 3.13. Each is run, because a name on the PATH may be a mere shim.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+    && echo $$p && break; done)
+
+# Tests and notebooks never ask the network for anything.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test lint format doctor course finetune notebooks clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): pyproject.toml constraints.txt qlora_edu/course/set_up.py
+	@test -n "$(PYTHON)" || { echo "FAIL no Python 3.11, 3.12 or 3.13 on the PATH. Install one" \
+	    "(python.org, or your system's packages), or: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) qlora_edu/course/set_up.py $(VENV) --torch $(TORCH)
+	@touch $@
+
+setup:  ## set up again, whatever was set up before
+	@rm -f $(READY)
+	@$(MAKE) --no-print-directory $(READY)
+
+lab: $(READY)  ## open the course in JupyterLab
+	$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks/00_start_here.ipynb
+
+test: lint  ## lint, run every test, run every notebook
+	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(OFFLINE) $(PY) -m pytest -p no:doctest --nbval-lax --nbval-current-env \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks
+
+lint: $(READY)  ## check format and style
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+format: $(READY)  ## put format and imports right
+	$(PY) -m ruff check --fix-only --select I .
+	$(PY) -m ruff format .
+
+doctor: $(READY)  ## is this machine ready?
+	$(PY) -m qlora_edu doctor
+
+course: $(READY)  ## run all notebooks, HTML under build/course
+	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --html build/course $(ARGS)
+
+finetune: $(READY)  ## fine-tune the embedded model: answers before and after
+	$(PY) -m qlora_edu finetune --preset embedded $(ARGS)
+
+notebooks: $(READY)  ## run all notebooks and keep their outputs
+	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)
+
+clean:  ## remove what was made here, the environment too
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis qlora_edu.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""The command line, for the jobs that the course does from a notebook.
+
+python -m qlora_edu doctor                       is this machine ready?
+python -m qlora_edu finetune --preset embedded   QLoRA from start to finish
+"""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command == "doctor":
+        from qlora_edu.course import doctor
+
+        return doctor.main(rest)
+    if command == "finetune":
+        from qlora_edu.finetune import main as finetune_main
+
+        return finetune_main(rest) or 0
+    print(__doc__.strip())
+    if command in ("-h", "--help"):
+        return 0
+    print(f"\nno command {command!r}: doctor or finetune", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

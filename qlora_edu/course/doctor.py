@@ -1,0 +1,293 @@
+"""Is this machine ready for the course? And if not, what puts it right?
+
+Each check below asks one question and answers with findings: OK, FAIL with the fix, or INFO for
+what is worth knowing and blocks nothing. `python -m qlora_edu doctor` asks all of them. The set-up
+cell of every notebook calls `check()`, which asks the quick ones and prints one line.
+
+Only the standard library is imported at the top: a doctor who needs a healthy patient is no use.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "data"
+REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[dev]')"
+GIB = 2**30
+MEMORY_NEEDED = 4 * GIB
+DISK_NEEDED = 1 * GIB
+
+
+class NotReadyError(RuntimeError):
+    """This machine cannot run the course as it is; the message lists every fault and its fix."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer of the doctor.
+
+    >>> print(Finding("FAIL", "torch is missing", "make lab"))
+    FAIL  torch is missing
+          fix: make lab
+    """
+
+    status: str  # "OK", "FAIL" or "INFO"
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:<4}  {self.what}" + (f"\n      fix: {self.fix}" if self.fix else "")
+
+
+def python_version(version: tuple[int, ...] = sys.version_info[:2]) -> Finding:
+    """Ask whether this Python is one the course is tested with.
+
+    >>> print(python_version((3, 12)))
+    OK    Python 3.12
+    >>> python_version((3, 9)).status
+    'FAIL'
+    """
+    text = ".".join(map(str, version))
+    if (3, 11) <= version <= (3, 13):
+        return Finding("OK", f"Python {text}")
+    return Finding(
+        "FAIL",
+        f"Python {text}: the course needs 3.11, 3.12 or 3.13",
+        "install one, remove .venv, and: make lab PYTHON=/path/to/python3.12",
+    )
+
+
+def packages() -> list[Finding]:
+    """Ask whether each package of pyproject.toml is installed, at a version inside its range."""
+    try:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        tested = pinned_versions((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    except OSError as error:
+        return [
+            Finding(
+                "FAIL",
+                f"{error.filename} cannot be read",
+                "run the course from a clone of its repository, installed with `make lab`",
+            )
+        ]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return [Finding("FAIL", "the package packaging is missing", REINSTALL)]
+    return [package(Requirement(line), tested) for line in project["dependencies"]]
+
+
+def pinned_versions(constraints: str) -> dict[str, str]:
+    """Read the pins in the text of constraints.txt.
+
+    >>> pinned_versions("# the tested set\\npeft==0.21.2\\nPyYAML==6.0.3\\n")
+    {'peft': '0.21.2', 'pyyaml': '6.0.3'}
+    """
+    lines = (line.split("#")[0].strip() for line in constraints.splitlines())
+    return {name.lower(): version for name, _, version in (x.partition("==") for x in lines if x)}
+
+
+def package(requirement: "packaging.requirements.Requirement", tested: dict[str, str]) -> Finding:  # noqa: F821
+    """Ask whether one package is installed at a version inside its range."""
+    name = requirement.name
+    pin = tested.get(name.lower(), "")
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding("FAIL", f"{name} is missing", REINSTALL)
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding("FAIL", f"{name} {found} is outside {requirement.specifier}", REINSTALL)
+    public = found.split("+")[0]
+    return Finding("OK", f"{name} {found}" + ("" if public == pin else f" (tested with {pin})"))
+
+
+def torch_computes() -> list[Finding]:
+    """Ask whether torch can multiply, and whether it can see a graphics card."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [Finding("FAIL", f"torch cannot be imported: {error}", REINSTALL)]
+    two = torch.eye(2) @ torch.full((2, 2), 2.0)
+    if two.sum().item() != 8.0:
+        return [Finding("FAIL", "torch multiplies two matrices wrongly", REINSTALL)]
+    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return [Finding("OK", f"torch {torch.__version__} computes ({kind})"), graphics_card()]
+
+
+def graphics_card() -> Finding:
+    """Say which card there is and what it is good for. None is needed for the embedded model."""
+    import torch
+
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return Finding("INFO", f"GPU: {card.name}, {card.total_memory / GIB:.0f} GiB")
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        return Finding(
+            "INFO", "an NVIDIA driver, but a CPU build of torch: for the GPU, make clean, make lab"
+        )
+    return Finding("INFO", "no GPU: everything runs on the embedded model; a 7B needs a card")
+
+
+def bitsandbytes_quantizes() -> Finding:
+    """Ask bitsandbytes to quantise two numbers whose codes are known.
+
+    −1 is level 0 and +1 is level 15; the first sits in the high half of the byte, so 0x0F.
+    """
+    try:
+        quiet_known_noise()
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        weight = torch.tensor([[-1.0, 1.0] * 32])
+        packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        if packed.flatten().tolist() != [0x0F] * 32 or not torch.equal(
+            dequantize_4bit(packed, state), weight
+        ):
+            raise ArithmeticError("−1, +1 did not come back from 0x0F")
+    except Exception as error:  # whatever a broken native library throws is the finding
+        return Finding("FAIL", f"bitsandbytes cannot quantise: {error}", REINSTALL)
+    return Finding("OK", f"bitsandbytes {metadata.version('bitsandbytes')} quantises to NF4")
+
+
+def files_whole(data: Path = DATA) -> list[Finding]:
+    """Ask whether the embedded model and the tasks are there, byte for byte."""
+    fix = "git restore data  (or clone the repository again)"
+    try:
+        lines = (data / "CHECKSUMS.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [Finding("FAIL", "data/CHECKSUMS.txt is missing", fix)]
+    faults = []
+    for digest, name in (line.split(maxsplit=1) for line in lines if line.strip()):
+        path = data / name
+        if not path.is_file():
+            faults.append(Finding("FAIL", f"data/{name} is missing", fix))
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            faults.append(Finding("FAIL", f"data/{name} is damaged or changed", fix))
+    return faults or [Finding("OK", f"embedded model and tasks: {len(lines)} files, all whole")]
+
+
+def kernel() -> Finding:
+    """Ask whether Jupyter's Python 3 kernel is this Python, where the course is installed."""
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager
+
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except Exception as error:  # a missing package, or Jupyter's own NoSuchKernel
+        return Finding("FAIL", f"Jupyter has no Python 3 kernel: {error}", REINSTALL)
+    # Jupyter runs a bare "python" with its own Python. A path is compared as it stands, because the
+    # python of a virtual environment is a link to the one outside it.
+    if os.path.isabs(program) and Path(program).parent != Path(sys.executable).parent:
+        return Finding(
+            "FAIL",
+            f"Jupyter's Python 3 kernel is {program}, not {sys.executable}",
+            f"{sys.executable} -m ipykernel install --sys-prefix",
+        )
+    return Finding("OK", "Jupyter's Python 3 kernel is this Python")
+
+
+def room(folder: Path = ROOT) -> list[Finding]:
+    """Ask whether there is enough memory and disk for the embedded model."""
+    try:
+        from psutil import virtual_memory
+    except ImportError:
+        return [Finding("FAIL", "psutil is missing", REINSTALL)]
+    return [
+        enough("memory", virtual_memory().total, MEMORY_NEEDED, "use a machine with more"),
+        enough("free disk", shutil.disk_usage(folder).free, DISK_NEEDED, "free some"),
+    ]
+
+
+def enough(name: str, found: int, needed: int, fix: str) -> Finding:
+    """Compare a number of bytes with what the course needs.
+
+    >>> print(enough("memory", 3 * GIB, 4 * GIB, "use a machine with more"))
+    FAIL  memory: 3.0 GiB; the course needs 4
+          fix: use a machine with more
+    """
+    if found < needed:
+        what = f"{name}: {found / GIB:.1f} GiB; the course needs {needed / GIB:.0f}"
+        return Finding("FAIL", what, fix)
+    return Finding("OK", f"{name}: {found / GIB:.0f} GiB")
+
+
+def bf16_processor() -> list[Finding]:
+    """Warn of the processors on which bitsandbytes may cut gradients."""
+    try:
+        if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+            return []
+    except OSError:
+        return []
+    return [
+        Finding(
+            "INFO",
+            "AVX512-BF16 processor: on one, bitsandbytes' CPU Linear4bit loses x.grad after an "
+            "evaluation without gradients; qlora_edu.finetune guards against it, your own code "
+            "should load the model again before training",
+        )
+    ]
+
+
+def quiet_known_noise() -> None:
+    """Silence what two libraries print on import and which nobody can act on.
+
+    - bitsandbytes, on a processor with AVX512-BF16, logs that it found no CPU kernel in the Hub's
+      `kernels-community`. It uses its own instead; only that one message is dropped.
+    - torchao, where it happens to be installed, logs that its compiled extensions are skipped.
+
+    Call it before either is imported. It drops no warning of any other kind.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+    logging.getLogger("torchao").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.msg for text in ("from kernels-community", "cpp extensions"))
+
+
+QUICK: tuple[Callable[[], Finding | list[Finding]], ...] = (python_version, packages, files_whole)
+ALL = (*QUICK, torch_computes, bitsandbytes_quantizes, kernel, room, bf16_processor)
+
+
+def diagnose(questions: Iterable[Callable[[], Finding | list[Finding]]] = ALL) -> list[Finding]:
+    """Ask every question, in order, and collect the findings."""
+    findings: list[Finding] = []
+    for question in questions:
+        answer = question()
+        findings += [answer] if isinstance(answer, Finding) else answer
+    return findings
+
+
+def check() -> None:
+    """Print one line if this machine is ready; the first call of every notebook.
+
+    Raises:
+        NotReadyError: something is missing; the message lists each fault and its fix.
+    """
+    quiet_known_noise()
+    failures = [finding for finding in diagnose(QUICK) if finding.status == "FAIL"]
+    if failures:
+        raise NotReadyError("\n" + "\n".join(map(str, failures)))
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    print(f"qlora_edu ready: torch {torch.__version__.split('+')[0]}, {device}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print every finding; 0 if nothing failed, otherwise 1."""
+    argparse.ArgumentParser(prog="qlora_edu doctor", description=main.__doc__).parse_args(argv)
+    findings = diagnose()
+    for finding in findings:
+        print(finding)
+    failed = sum(finding.status == "FAIL" for finding in findings)
+    print(f"\n{failed} of {len(findings)} checks failed" if failed else "\nready: make lab")
+    return 1 if failed else 0

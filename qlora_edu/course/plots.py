@@ -1,0 +1,107 @@
+"""The look of the course: one colour for one meaning, labels beside the thing they name.
+
+The colours are Okabe and Ito's, which readers with colour-blindness can tell apart. A figure in
+chapter 9 paints an adapter in the colour that chapter 4 gave it, so take colours from `PALETTE` by
+meaning and never by number.
+"""
+
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+
+PALETTE = {
+    "base": "#7F7F7F",  # the frozen base model
+    "quantized": "#0072B2",
+    "adapter": "#E69F00",  # whatever is trained
+    "gradient": "#D55E00",
+    "host": "#56B4E9",  # memory of the machine
+    "device": "#009E73",  # memory of the graphics card
+    "highlight": "#CC79A7",  # the one thing a figure points at
+    "ink": "#222222",  # text and axes
+}
+
+_STYLE = Path(__file__).with_name("course.mplstyle")
+
+
+def use_style() -> None:
+    """Give every figure drawn from here on the look of the course.
+
+    >>> use_style()
+    >>> plt.rcParams["axes.spines.top"]
+    False
+    """
+    plt.style.use(_STYLE)
+
+
+def label_line(
+    ax: Axes, text: str, x: float, y: float, color: str, *, offset: tuple[float, float] = (6, 0)
+) -> Annotation:
+    """Write a curve's name beside the point (x, y), in the colour of the curve.
+
+    `x` and `y` are data coordinates; `offset` moves the text from there, in points.
+
+    >>> figure, ax = plt.subplots()
+    >>> _ = ax.plot([0, 1], [0, 2], color=PALETTE["adapter"])
+    >>> label_line(ax, "adapter", 1, 2, PALETTE["adapter"]).get_text()
+    'adapter'
+    >>> plt.close(figure)
+    """
+    alignment = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
+    return ax.annotate(
+        text,
+        (x, y),
+        xytext=offset,
+        textcoords="offset points",
+        color=color,
+        ha=alignment,
+        va="center",
+        annotation_clip=False,
+    )
+
+
+def label_bars(
+    ax: Axes, bars: BarContainer, labels: Iterable[str] | None = None, *, fmt: str = "{:.3g}"
+) -> None:
+    """Write each bar's value, or the text given for it, at the end of the bar.
+
+    >>> figure, ax = plt.subplots()
+    >>> label_bars(ax, ax.bar(["NF4", "INT4"], [0.0728, 0.0876]))
+    >>> [text.get_text() for text in ax.texts]
+    ['0.0728', '0.0876']
+    >>> plt.close(figure)
+    """
+    ax.bar_label(bars, labels=None if labels is None else list(labels), fmt=fmt, padding=3)
+
+
+def level_ticks(ax: Axes, levels: Iterable[float], color: str, *, height: float = 0.06) -> None:
+    """Stand a short mark on the x axis at every level of a codebook.
+
+    `height` is a fraction of the axes' height.
+
+    >>> figure, ax = plt.subplots()
+    >>> level_ticks(ax, [-1.0, 0.0, 1.0], PALETTE["quantized"])
+    >>> len(ax.lines)
+    3
+    >>> plt.close(figure)
+    """
+    for level in levels:
+        ax.axvline(float(level), ymax=height, color=color, linewidth=2)
+
+
+def figure_png(figure: Figure, *, dpi: int = 100) -> bytes:
+    """Draw a figure into PNG bytes and close it; the same figure gives the same bytes.
+
+    >>> figure_png(plt.figure())[:4]
+    b'\\x89PNG'
+    """
+    buffer = BytesIO()
+    # Without this, matplotlib writes its version into the file.
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

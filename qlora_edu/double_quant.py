@@ -1,0 +1,369 @@
+"""Chapter 3: quantising the constants, and the tensor that holds it all.
+
+One float32 absmax for every 64 weights costs half a bit a weight. Double quantisation subtracts the
+mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32 constant
+each: 4 + 32/64 = 4.5 bits a weight become 4 + 8/64 + 32/(64*256) = 4.127. `quantize` puts the three
+chapters together, and `QuantizedTensor` is what it returns.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_edu.blockwise import (
+    BLOCKSIZES,
+    DTYPES,
+    dequantize_blockwise,
+    quantize_blockwise,
+    unpack_nibbles,
+)
+from qlora_edu.codebooks import QuantizationError, get_levels
+
+NESTED_BLOCKSIZE = 256
+_GRID_STEPS = 65535
+
+
+class StateDictError(QuantizationError):
+    """A state dict does not describe a quantised tensor."""
+
+
+class QuantizedAbsmax(NamedTuple):
+    """Block constants in 8 bits: absmax = map[codes] * nested_absmax + offset."""
+
+    codes: Tensor
+    """uint8, one per block."""
+    nested_absmax: Tensor
+    """float32, one per 256 blocks."""
+    offset: Tensor
+    """float32 scalar: the mean of all absmax."""
+    map: Tensor
+    """float32 `[256]`: the level of each code."""
+
+
+def dynamic_map() -> Tensor:
+    """Build the signed 8-bit *dynamic* codebook.
+
+    Seven decades run from 1e-7 to 1, and each is cut into twice as many equal steps as the one
+    below: 1, 2, 4, ..., 64. The centres of the steps, with both signs, make 254 levels; 0 and 1
+    complete them. Small numbers get range, large ones precision. There is no -1: the lowest level
+    is -0.993.
+
+    Returns:
+        Ascending levels, float32, shape `[256]`.
+
+    Source: Dettmers (arXiv 1511.04561); equals bitsandbytes `create_dynamic_map()`.
+
+    >>> dynamic_map()[[0, 127, 255]]
+    tensor([-0.9930,  0.0000,  1.0000])
+    """
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    levels = [torch.tensor([0.0, 1.0], **kind)]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, **kind)
+        centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += [centres, -centres]
+    return torch.cat(levels).sort().values
+
+
+def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
+    """Write block constants in 8 bits.
+
+    They are positive, so the signed map would waste half its levels: the mean goes first. What is
+    left is quantised like weights, in blocks of 256, each divided by its own largest magnitude.
+
+    Args:
+        absmax: float32, shape `[blocks]`, finite and not negative.
+
+    Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
+    came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.
+
+    >>> quantize_absmax(torch.tensor([1.0, 3.0])).offset
+    tensor(2.)
+    """
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    if not offset.isfinite():
+        # The float32 sum has overflowed (constants near 3e38); the mean itself never does.
+        offset = absmax.double().mean().float()
+    centred = absmax - offset
+    blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    nested_absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / nested_absmax).unsqueeze(1)
+    codes = _assign_8bit(scaled, dynamic_map()).view(-1)[: centred.numel()]
+    return QuantizedAbsmax(codes, nested_absmax, offset, dynamic_map().to(absmax.device))
+
+
+def _assign_8bit(scaled: Tensor, levels: Tensor) -> Tensor:
+    """Find the nearest of 256 levels as bitsandbytes does on a CPU: through a table.
+
+    It first rounds to a grid of 65,536 points on [-1, 1] and looks the code of that point up, so
+    near a midpoint the code may be a neighbour's, and 0 itself falls beside the grid. A block whose
+    differences are all 0 divides 0 by 0, and gets code 0 times a constant of 0.
+    """
+    steps = torch.arange(_GRID_STEPS + 1, dtype=torch.float32, device=levels.device)
+    grid = -1.0 + 2.0 * steps / _GRID_STEPS
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    table = torch.bucketize(grid, midpoints, out_int32=True).to(torch.uint8).to(scaled.device)
+    points = (scaled.clamp(-1, 1).nan_to_num(nan=-1.0) + 1) * 0.5 * _GRID_STEPS + 0.5
+    return table[points.int()]
+
+
+def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
+    """Read block constants back: the level of each code, times its constant, plus the offset.
+
+    Returns:
+        float32, shape `[blocks]`.
+
+    >>> dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0])))
+    tensor([1.0070, 3.0000])
+    """
+    codes, nested_absmax, offset, levels = quantized
+    n = codes.numel()
+    constants = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:n]
+    return levels[codes.int()] * constants + offset
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A tensor held in 4 bits a value; `quantize` makes one."""
+
+    packed: Tensor
+    """uint8 `[ceil(n / 2), 1]`: two codes a byte, the first in the high nibble."""
+    constants: Tensor | QuantizedAbsmax
+    """The absmax of each block: float32 `[blocks]`, or in 8 bits after double quantisation."""
+    levels: Tensor
+    """The codebook, float32, in the order of its codes."""
+    levels_name: str
+    """Its name in `LEVELS`, or "custom"."""
+    blocksize: int
+    shape: torch.Size
+    """Of the tensor before quantisation, and so of `dequantize()`."""
+    dtype: torch.dtype
+    """Of the tensor before quantisation, and so of `dequantize()`."""
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the block constants are quantised too."""
+        return isinstance(self.constants, QuantizedAbsmax)
+
+    @property
+    def absmax(self) -> Tensor:
+        """The block constants in float32, shape `[blocks]`, decoded if need be."""
+        return dequantize_absmax(self.constants) if self.double_quant else self.constants
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that grow with the tensor: the codes and the constants of the blocks.
+
+        The lookup tables (16 and 256 levels) and the one offset are the same few bytes for a tensor
+        of any size, and do not count.
+        """
+        if self.double_quant:
+            codes, nested_absmax, *_ = self.constants
+            return self.packed.nbytes + codes.nbytes + nested_absmax.nbytes
+        return self.packed.nbytes + self.constants.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`8 * nbytes` over the number of weights; 0 for an empty tensor."""
+        return 8 * self.nbytes / max(self.shape.numel(), 1)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Rebuild the tensor: level times absmax, in its own shape and dtype (or another dtype).
+
+        >>> quantize(torch.tensor([-3.0, 0.0, 3.0]), double_quant=False).dequantize()
+        tensor([-3.,  0.,  3.])
+        """
+        return dequantize_blockwise(
+            self.packed, self.absmax, self.levels, self.blocksize, self.shape, dtype or self.dtype
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to a device."""
+        constants = self.constants
+        if self.double_quant:
+            constants = QuantizedAbsmax(*(tensor.to(device) for tensor in constants))
+        else:
+            constants = constants.to(device)
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            constants=constants,
+            levels=self.levels.to(device),
+        )
+
+    def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """List every tensor by the key bitsandbytes gives it, ready for a safetensors file.
+
+        Args:
+            prefix: the name of the parameter, such as `model.layers.0.mlp.up_proj.weight`.
+
+        >>> sorted(quantize(torch.ones(64), double_quant=False).state_dict())
+        ['weight', 'weight.absmax', 'weight.quant_map', 'weight.quant_state.bitsandbytes__nf4']
+        """
+        facts = {
+            "quant_type": self.levels_name,
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        tensors = {prefix: self.packed, f"{prefix}.quant_map": self.levels}
+        if self.double_quant:
+            codes, nested_absmax, offset, nested_map = self.constants
+            tensors[f"{prefix}.absmax"] = codes
+            tensors[f"{prefix}.nested_absmax"] = nested_absmax
+            tensors[f"{prefix}.nested_quant_map"] = nested_map
+            facts["nested_blocksize"] = NESTED_BLOCKSIZE
+            facts["nested_dtype"] = "float32"
+            facts["nested_offset"] = offset.item()
+        else:
+            tensors[f"{prefix}.absmax"] = self.constants
+        text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        tensors[f"{prefix}.quant_state.bitsandbytes__{self.levels_name}"] = text
+        return tensors
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> Self:
+        """Rebuild from the keys that `state_dict`, or a bitsandbytes `Linear4bit`, has written.
+
+        Args:
+            state: may hold other keys too.
+            prefix: the name of the parameter.
+
+        Raises:
+            StateDictError: a key is missing, or the tensors do not fit what they claim to be.
+
+        >>> quantized = quantize(torch.ones(3), double_quant=False)
+        >>> QuantizedTensor.from_state_dict(quantized.state_dict()).dequantize()
+        tensor([1., 1., 1.])
+        """
+        facts = _read_facts(state, prefix)
+        constants = _take(state, f"{prefix}.absmax")
+        if f"{prefix}.nested_absmax" in state:
+            if facts["nested_blocksize"] != NESTED_BLOCKSIZE:
+                raise StateDictError(f"{prefix}: nested blocksize {facts['nested_blocksize']}")
+            constants = QuantizedAbsmax(
+                codes=constants,
+                nested_absmax=_take(state, f"{prefix}.nested_absmax"),
+                offset=torch.tensor(
+                    facts["nested_offset"], dtype=torch.float32, device=constants.device
+                ),
+                map=_take(state, f"{prefix}.nested_quant_map"),
+            )
+        quantized = cls(
+            # Sharded training stores the same bytes under a float dtype, in fewer elements.
+            packed=_take(state, prefix).contiguous().view(torch.uint8).view(-1, 1),
+            constants=constants,
+            levels=_take(state, f"{prefix}.quant_map"),
+            levels_name=facts["quant_type"],
+            blocksize=facts["blocksize"],
+            shape=torch.Size(facts["shape"]),
+            dtype=facts["dtype"],
+        )
+        _check_fit(quantized, prefix)
+        return quantized
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor({self.levels_name}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"blocksize={self.blocksize}, {self.bits_per_weight:.3f} bits a weight)"
+        )
+
+
+def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise StateDictError(f"the state dict has no key {key!r}: is {key!r} of a quantised layer?")
+    return state[key].detach()
+
+
+def _read_facts(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Read the facts that are no tensors, which bitsandbytes keeps as JSON in a uint8 tensor."""
+    start = f"{prefix}.quant_state.bitsandbytes__"
+    keys = [key for key in state if key.startswith(start)]
+    if len(keys) != 1:
+        raise StateDictError(
+            f"expected one key {start}<levels> in the state dict, found {keys or 'none'}: "
+            f"check the prefix, and that {prefix!r} was saved after quantisation"
+        )
+    try:
+        facts = json.loads(bytes(state[keys[0]].tolist()))
+        facts["dtype"] = {str(dtype): dtype for dtype in DTYPES}[f"torch.{facts['dtype']}"]
+        facts["shape"] = [int(size) for size in facts["shape"]]
+        blocksize_known = facts["blocksize"] in BLOCKSIZES
+        if f"{prefix}.nested_absmax" in state:
+            facts["nested_offset"] = float(facts["nested_offset"])
+            facts["nested_blocksize"] = int(facts["nested_blocksize"])
+        facts["quant_type"] = str(facts["quant_type"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateDictError(f"{keys[0]} is damaged: {error!r}") from error
+    if not blocksize_known or min(facts["shape"], default=0) < 0:
+        raise StateDictError(f"{keys[0]} is damaged: {facts}")
+    return facts
+
+
+def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
+    """Compare every tensor's dtype and size with what the shape and the block size ask for."""
+    n = quantized.shape.numel()
+    blocks = -(-n // quantized.blocksize)
+    wanted = {"": (quantized.packed, torch.uint8, -(-n // 2))}
+    if quantized.double_quant:
+        codes, nested_absmax, _, nested_map = quantized.constants
+        wanted[".absmax"] = (codes, torch.uint8, blocks)
+        wanted[".nested_absmax"] = (nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE))
+        wanted[".nested_quant_map"] = (nested_map, torch.float32, 256)
+    else:
+        wanted[".absmax"] = (quantized.constants, torch.float32, blocks)
+    for suffix, (tensor, dtype, size) in wanted.items():
+        if tensor.dtype != dtype or tensor.numel() != size:
+            raise StateDictError(
+                f"{prefix}{suffix} holds {tensor.numel()} x {tensor.dtype}, but shape "
+                f"{tuple(quantized.shape)} at blocksize {quantized.blocksize} needs {size} x {dtype}"
+            )
+    table = get_levels(quantized.levels)
+    if len(table) < 16 and n and int(unpack_nibbles(quantized.packed, n).max()) >= len(table):
+        raise StateDictError(f"{prefix} holds a code beyond its {len(table)} levels")
+
+
+def quantize(
+    weight: Tensor,
+    levels: str | Tensor = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+) -> QuantizedTensor:
+    """Quantise a tensor to 4 bits a weight.
+
+    Args:
+        weight: any shape; float32, float16 or bfloat16; finite.
+        levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
+        blocksize: weights that share one absmax; one of `BLOCKSIZES`.
+        double_quant: whether to write the absmax in 8 bits.
+
+    Raises:
+        QuantizationError: in one of its kinds, named after what is wrong.
+
+    Source: QLoRA (arXiv 2305.14314) section 3; for "nf4" and "fp4" equals bitsandbytes
+    `quantize_4bit(..., compress_statistics=double_quant)` on a CPU, to the byte.
+
+    >>> quantize(torch.randn(256, 256))
+    QuantizedTensor(nf4, shape=(256, 256), dtype=torch.float32, blocksize=64, 4.127 bits a weight)
+    """
+    table = get_levels(levels, blocksize)
+    packed, absmax = quantize_blockwise(weight, table, blocksize)
+    return QuantizedTensor(
+        packed=packed,
+        constants=quantize_absmax(absmax) if double_quant else absmax,
+        levels=table.to(weight.device),
+        levels_name=levels if isinstance(levels, str) else "custom",
+        blocksize=blocksize,
+        shape=weight.shape,
+        dtype=weight.dtype,
+    )

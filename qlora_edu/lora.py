@@ -1,0 +1,232 @@
+"""Chapter 4. LoRA: leave the weight alone and learn a small change beside it.
+
+Fine-tuning turns a weight ``W`` into ``W + ΔW``. LoRA bets that ``ΔW`` needs only a few directions,
+so it is written as the product of two thin matrices: ``ΔW = (α/r) · B · A``, where ``A`` is
+``[r, in]``, ``B`` is ``[out, r]`` and the rank ``r`` is small. Only ``A`` and ``B`` are trained.
+``A`` starts random and ``B`` starts at zero, so the adapted layer begins as exactly the layer it
+wraps. Dividing ``α`` by ``r`` keeps the size of the change about the same when ``r`` is varied.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRAError(ValueError):
+    """An adapter was asked for, loaded or merged in a way that cannot work."""
+
+
+class LoRALayer(nn.Module):
+    """The adapter itself, ``x -> (α/r) · B · A · dropout(x)``; the layers that use it add a base.
+
+    ``lora_A`` is ``[r, in_features]`` and ``lora_B`` is ``[out_features, r]``: the parameters PEFT
+    calls ``lora_A.weight`` and ``lora_B.weight``. ``init="kaiming"`` draws ``A`` as ``nn.Linear``
+    draws its weight (uniform within ±1/√in, PEFT's default); ``init="gaussian"`` draws it from a
+    normal distribution of standard deviation ``1/r`` (PEFT's ``init_lora_weights="gaussian"``).
+
+    Raises:
+        LoRAError: for a rank below 1, an alpha that is not positive and finite, a dropout outside
+            [0, 1), or an unknown ``init``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
+        if not 0 < alpha < math.inf:
+            raise LoRAError(
+                f"alpha must be positive and finite, not {alpha!r}; alpha = r scales by 1"
+            )
+        if not 0 <= dropout < 1:
+            raise LoRAError(f"dropout is a probability in [0, 1), not {dropout!r}; 0 turns it off")
+        if init not in ("kaiming", "gaussian"):
+            raise LoRAError(f"unknown init {init!r}; choose 'kaiming' or 'gaussian'")
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.alpha, self.init = r, alpha, init
+        self.scaling = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw ``A`` afresh and set ``B`` to zero, so that ``ΔW`` is zero again."""
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        nn.init.zeros_(self.lora_B)
+
+    def low_rank_update(self, x: Tensor) -> Tensor:
+        """What the adapter adds for ``x`` ``[..., in]``: ``[..., out]``, in the adapter's dtype.
+
+        The two thin products are taken one after the other; ``ΔW`` is never formed.
+        """
+        x = self.dropout(x.to(self.lora_A.dtype))
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """``ΔW = (α/r) · B · A``, ``[out, in]``, in float32 or wider (equation 3 of the paper)."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return (self.lora_B.to(wide) @ self.lora_A.to(wide)) * self.scaling
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ``LoRAError`` unless ``x`` is a floating-point ``[..., in_features]``."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise LoRAError(
+                f"the input has shape {tuple(x.shape)}, but the last dimension must be "
+                f"{self.in_features}"
+            )
+        if not x.is_floating_point():
+            raise LoRAError(f"the input must be a floating-point tensor, not {x.dtype}")
+
+    def extra_repr(self) -> str:
+        """Shapes and settings, shown when the layer is printed."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"r={self.r}, alpha={self.alpha}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch would load what fits and report the rest at the end; nothing here is half-loaded.
+        for name, parameter in self.named_parameters():
+            loaded = state_dict.get(prefix + name)
+            if loaded is None:
+                continue
+            if loaded.shape != parameter.shape:
+                raise LoRAError(
+                    f"{prefix + name} has shape {tuple(loaded.shape)} in the state dict, but this "
+                    f"layer (r={self.r}) needs {tuple(parameter.shape)}; build the layer with the "
+                    "rank and the base model that the file was made with"
+                )
+            if name.startswith("lora_") and not loaded.isfinite().all():
+                raise LoRAError(f"{prefix + name} in the state dict holds NaN or infinity")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoRALinear(LoRALayer):
+    """A frozen ``nn.Linear`` with a trainable low-rank change beside it: ``base(x) + ΔW·x``.
+
+    ``base`` is kept (not copied) and frozen, bias included. The adapter is float32, or float64 for
+    a float64 base: a bfloat16 parameter would lose most of its small training steps to rounding.
+    ``x`` is ``[..., in]`` in the base's dtype; the output is ``[..., out]`` in the same dtype.
+    A rank above ``min(in, out)`` is allowed, as in PEFT, but adds parameters and no freedom.
+
+    Equals ``peft.tuners.lora.Linear`` with the same ``A`` and ``B``.
+
+    Raises:
+        LoRAError: if ``base`` is not a plain ``nn.Linear``; see also ``LoRALayer``.
+
+    >>> base = nn.Linear(4, 3, bias=False)
+    >>> layer = LoRALinear(base, r=2, alpha=4)
+    >>> layer.scaling, tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)
+    (2.0, (2, 4), (3, 2))
+    >>> x = torch.ones(5, 4)
+    >>> torch.equal(layer(x), base(x))  # B is zero: nothing has changed yet
+    True
+    >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+    ['lora_A', 'lora_B']
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, init: str = "kaiming"
+    ) -> None:
+        # A subclass may hold its weight in another form (bitsandbytes' Linear4bit packs it).
+        if type(base) is not nn.Linear:
+            raise LoRAError(
+                f"LoRALinear wraps a torch.nn.Linear, not a {type(base).__name__}; "
+                "for a quantised weight use QLoRALinear"
+            )
+        super().__init__(
+            base.in_features,
+            base.out_features,
+            r,
+            alpha,
+            dropout,
+            init,
+            device=base.weight.device,
+            dtype=torch.promote_types(base.weight.dtype, torch.float32),
+        )
+        self.base = base.requires_grad_(False)
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_state_dict_post_hook(_save_the_unmerged_weight)
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``base.weight`` holds ``W + ΔW`` at the moment."""
+        return self.unmerged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``base(x) + (α/r) · B · A · dropout(x)``; once merged, ``base(x)`` alone."""
+        self.check_input(x)
+        result = self.base(x)
+        if self.merged:
+            return result
+        return (result + self.low_rank_update(x)).to(result.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put ``W + ΔW`` into ``base.weight``, rounded once to its dtype: no extra cost to infer.
+
+        The old ``W`` is kept until ``unmerge``, because ``(W + ΔW) - ΔW`` is not ``W`` in floating
+        point; so a merged layer holds two weights. For a lasting merge, keep ``layer.base`` alone.
+        ``A`` and ``B`` get no gradient while the layer is merged.
+
+        Raises:
+            LoRAError: if it is already merged, or if the merged weight would hold NaN or infinity;
+                ``base.weight`` is then unchanged.
+        """
+        if self.merged:
+            raise LoRAError("the adapter is already merged; call unmerge() before merging again")
+        merged = (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
+        if not merged.isfinite().all():
+            raise LoRAError(
+                "merging would write NaN or infinity into the weight, which is left unchanged; "
+                "look for them in lora_A, lora_B and base.weight"
+            )
+        self.unmerged_weight = self.base.weight.data
+        self.base.weight.data = merged
+
+    def unmerge(self) -> None:
+        """Put the old ``W`` back, to the bit, even if ``A`` and ``B`` have changed meanwhile.
+
+        Raises:
+            LoRAError: if the layer is not merged.
+        """
+        if not self.merged:
+            raise LoRAError("the adapter is not merged; call merge() first")
+        self.base.weight.data = self.unmerged_weight
+        self.unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        """Shapes and settings, shown when the layer is printed."""
+        return super().extra_repr() + f", merged={self.merged}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise LoRAError("cannot load into a merged layer; call unmerge() first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _save_the_unmerged_weight(
+    layer: LoRALinear, state_dict: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    # Otherwise a file saved while merged would, on loading, apply the adapter twice.
+    if layer.merged:
+        state_dict[prefix + "base.weight"] = layer.unmerged_weight
