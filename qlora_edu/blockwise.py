@@ -64,7 +64,7 @@ def check_blocksize(blocksize: int) -> None:
     Raises:
         BlocksizeError: names the value and the supported sizes.
     """
-    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise BlocksizeError(
             f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
         )

@@ -249,8 +249,6 @@ class QuantizedTensor:
         facts = _read_facts(state, prefix)
         constants = _take(state, f"{prefix}.absmax")
         if f"{prefix}.nested_absmax" in state:
-            if facts["nested_blocksize"] != NESTED_BLOCKSIZE:
-                raise StateDictError(f"{prefix}: nested blocksize {facts['nested_blocksize']}")
             constants = QuantizedAbsmax(
                 codes=constants,
                 nested_absmax=_take(state, f"{prefix}.nested_absmax"),
@@ -298,15 +296,18 @@ def _read_facts(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         facts = json.loads(bytes(state[keys[0]].tolist()))
         facts["dtype"] = {str(dtype): dtype for dtype in DTYPES}[f"torch.{facts['dtype']}"]
         facts["shape"] = [int(size) for size in facts["shape"]]
-        blocksize_known = facts["blocksize"] in BLOCKSIZES
         if f"{prefix}.nested_absmax" in state:
             facts["nested_offset"] = float(facts["nested_offset"])
-            facts["nested_blocksize"] = int(facts["nested_blocksize"])
-        facts["quant_type"] = str(facts["quant_type"])
+        valid = (
+            f"{start}{facts['quant_type']}" == keys[0]
+            and facts["blocksize"] in BLOCKSIZES
+            and facts.get("nested_blocksize", NESTED_BLOCKSIZE) == NESTED_BLOCKSIZE
+            and min(facts["shape"], default=0) >= 0
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise StateDictError(f"{keys[0]} is damaged: {error!r}") from error
-    if not blocksize_known or min(facts["shape"], default=0) < 0:
-        raise StateDictError(f"{keys[0]} is damaged: {facts}")
+    if not valid:
+        raise StateDictError(f"{keys[0]} describes no tensor that this library can hold: {facts}")
     return facts
 
 
@@ -314,23 +315,30 @@ def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
     """Compare every tensor's dtype and size with what the shape and the block size ask for."""
     n = quantized.shape.numel()
     blocks = -(-n // quantized.blocksize)
-    wanted = {"": (quantized.packed, torch.uint8, -(-n // 2))}
+    wanted = [("", quantized.packed, torch.uint8, -(-n // 2))]
     if quantized.double_quant:
         codes, nested_absmax, _, nested_map = quantized.constants
-        wanted[".absmax"] = (codes, torch.uint8, blocks)
-        wanted[".nested_absmax"] = (nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE))
-        wanted[".nested_quant_map"] = (nested_map, torch.float32, 256)
+        nested_blocks = -(-blocks // NESTED_BLOCKSIZE)
+        wanted += [
+            (".absmax", codes, torch.uint8, blocks),
+            (".nested_absmax", nested_absmax, torch.float32, nested_blocks),
+            (".nested_quant_map", nested_map, torch.float32, 256),
+        ]
     else:
-        wanted[".absmax"] = (quantized.constants, torch.float32, blocks)
-    for suffix, (tensor, dtype, size) in wanted.items():
+        wanted += [(".absmax", quantized.constants, torch.float32, blocks)]
+    for suffix, tensor, dtype, size in wanted:
         if tensor.dtype != dtype or tensor.numel() != size:
             raise StateDictError(
                 f"{prefix}{suffix} holds {tensor.numel()} x {tensor.dtype}, but shape "
-                f"{tuple(quantized.shape)} at blocksize {quantized.blocksize} needs {size} x {dtype}"
+                f"{tuple(quantized.shape)} in blocks of {quantized.blocksize} asks for "
+                f"{size} x {dtype}"
             )
-    table = get_levels(quantized.levels)
-    if len(table) < 16 and n and int(unpack_nibbles(quantized.packed, n).max()) >= len(table):
-        raise StateDictError(f"{prefix} holds a code beyond its {len(table)} levels")
+    try:
+        n_levels = len(get_levels(quantized.levels))
+    except QuantizationError as error:
+        raise StateDictError(f"{prefix}.quant_map: {error}") from error
+    if n_levels < 16 and n and int(unpack_nibbles(quantized.packed, n).max()) >= n_levels:
+        raise StateDictError(f"{prefix} holds a code beyond its {n_levels} levels")
 
 
 def quantize(

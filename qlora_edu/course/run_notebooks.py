@@ -49,6 +49,7 @@ def run(path: Path) -> NotebookNode:
             kernel_name="python3",
             resources={"metadata": {"path": str(path.parent)}},
             store_widget_state=False,
+            coalesce_streams=True,
             # At its usual level the kernel warns that its sockets, all on this machine, are plain.
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             on_cell_complete=lambda cell, cell_index: bar.update(cell_index + 1 - bar.n),
@@ -90,17 +91,17 @@ def clean(notebook: NotebookNode) -> NotebookNode:
 
 
 def clean_output(output: NotebookNode) -> NotebookNode | None:
-    """Return an output as it should be kept, or None for a progress bar drawn by a widget.
+    """Return an output as it should be kept, or None if it was a progress bar and nothing else.
 
-    >>> bar = nbformat.v4.new_output("stream", text="  0%|  |\\r 50%|# |\\r100%|##|\\ndone\\n")
-    >>> print(clean_output(bar).text, end="")
-    100%|##|
-    done
+    >>> bar = "  0%|     | 0/2\\r 50%|##   | 1/2\\r100%|#####| 2/2 [00:03]\\n"
+    >>> clean_output(nbformat.v4.new_output("stream", text=bar + "loss 0.31\\n")).text
+    'loss 0.31\\n'
     """
     if output.output_type == "stream":
         # As a terminal shows it: what follows a carriage return overwrites the line.
-        lines = output.text.split("\n")
-        output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+        lines = (line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
+        output.text = "\n".join(line for line in lines if not PROGRESS.search(line))
+        return output if output.text.strip() else None
     if WIDGET_VIEW in output.get("data", {}):
         if PROGRESS.search(output.data.get("text/plain", "")):
             return None
