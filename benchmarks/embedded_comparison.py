@@ -1,11 +1,12 @@
-"""Full fine-tuning, LoRA and QLoRA of the embedded base on the same rows, and what it can do untrained.
+"""Full fine-tuning, LoRA and QLoRA of the embedded base on the same rows, and the base untrained.
 
     python benchmarks/embedded_comparison.py        # about 12 minutes on two cores
 
 Every method sees the same batches for the same number of steps; only the learning rate of full
 fine-tuning differs, since a rate that suits adapters is too large for all weights. The untrained
-base is measured twice: asked plainly, and with three solved rows before the question, since a plain
-zero may only say that it has never seen the format. Results go to data/results/embedded_comparison.json.
+base is measured twice: asked plainly, and with three solved rows before the question, since a
+plain zero may only say that it has never seen the format. The results are stored as
+data/results/embedded_comparison.json.
 """
 
 import argparse

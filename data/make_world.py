@@ -7,8 +7,8 @@ nothing to do with it may walk past. From passages come two kinds of text:
 
 * **pretraining text**: passages, talk about them, ledger lines, store cards and small talk.
   The base model learns from it what words mean and how to find a fact in a passage.
-* **tasks**: chat rows in three families that the pretraining text never contains. A `question` wants
-  a fact in so many words, `absent` asks for a fact that the passage leaves out and wants
+* **tasks**: chat rows in three families that the pretraining text never contains. A `question`
+  wants a fact in so many words, `absent` asks for a fact that the passage leaves out and wants
   "Not mentioned.", and a `record` wants the whole event as JSON.
 
     python data/make_world.py tasks      # writes data/tasks/*.jsonl and data/CHECKSUMS.txt
@@ -35,8 +35,8 @@ SPLITS = {"train": 3000, "valid": 300, "test": 300}
 FAMILIES = ("question", "absent", "record")
 DOCUMENTS = 420_000
 
-PEOPLE = """Ada Abel Agnes Alban Alma Anton Astrid Basil Bea Berta Boris Bruno Cara Cecil Celia Clara
-Conrad Cora Dora Edda Edgar Edith Elias Ella Elsa Emil Enid Ernst Esther Felix Fiona Flora Freda
+PEOPLE = """Ada Abel Agnes Alban Alma Anton Astrid Basil Bea Berta Boris Bruno Cara Cecil Celia
+Clara Conrad Cora Dora Edda Edgar Edith Elias Ella Elsa Emil Enid Ernst Esther Felix Fiona Flora Freda
 Gerda Gilda Greta Gwen Hanna Hector Hedda Helga Hugo Ida Igor Ines Ingrid Iris Ivan Ivo Jasper
 Jonas Judith Karl Kira Klara Lars Lena Leo Lila Linus Lotte Lucas Luna Magda Mara Marta Max Milo
 Mina Mira Moritz Nadia Nell Nora Odile Olga Oskar Otto Paula Petra Pia Quentin Ralf Rita Rosa
@@ -249,7 +249,7 @@ def make_event(rng: random.Random, told_share: float = 0.65) -> Event:
 
 
 def write_passage(rng: random.Random, event: Event) -> str:
-    """Tell an event: an opening, the optional facts in any order, at times weather or a passer-by."""
+    """Tell an event: an opening, then the optional facts, at times weather or a passer-by."""
     tellings = {"price": event.kind.price, "place": TELL_PLACE, "day": TELL_DAY}
     sentences = [event.fill(rng.choice(tellings[fact])) for fact in event.told]
     if rng.random() < 0.3:
@@ -298,8 +298,8 @@ def make_task(rng: random.Random, family: str) -> tuple[str, list[dict[str, str]
         event = make_event(rng)
     passage = write_passage(rng, event)
     if family == "record":
-        kind = event.kind
-        request = f"Write the {kind.name} as JSON with {kind.giver}, {kind.taker}, item, price, place and day."
+        roles = f"{event.kind.giver}, {event.kind.taker}"
+        request = f"Write the {event.kind.name} as JSON with {roles}, item, price, place and day."
         answer = record(event)
     elif family == "absent":
         fact = rng.choice([fact for fact in OPTIONAL if fact not in event.told])
@@ -352,14 +352,16 @@ def talk(rng: random.Random, event: Event) -> str:
         reply = answer[0].upper() + answer[1:] if known else rng.choice(UNKNOWN)
         question = event.fill(rng.choice(ways))
         if named:
-            lines.append(f'"{question}" asked {asker}. "{reply}," {rng.choice(TALK_SAID)} {teller}.')
+            lines.append(
+                f'"{question}" asked {asker}. "{reply}," {rng.choice(TALK_SAID)} {teller}.'
+            )
         else:
             lines.append(f"- {question}\n- {reply}.")
     return "\n".join(lines)
 
 
 def ledger_line(rng: random.Random, event: Event) -> str:
-    """The clerk's line about a passage: the facts in a fixed order, a dash for what is not known."""
+    """The clerk's line about a passage: every fact, a dash for what is not known."""
     facts = {fact: f"{answer}" for fact, (_, answer) in questions(event).items()}
     for fact in OPTIONAL:
         if fact not in event.told:
@@ -385,6 +387,11 @@ def store_card(rng: random.Random) -> str:
     return f"{words}\n{json.dumps({key: card[key] for key in keys})}"
 
 
+def echo(rng: random.Random, passage: str) -> str:
+    """A passage and the same passage told again: the plainest lesson in looking back."""
+    return f"{passage}\n{rng.choice(PEOPLE)} told it again: {passage}"
+
+
 def small_talk(rng: random.Random, event: Event, passage: str) -> tuple[str, str]:
     """A chat turn that is none of the tasks: tell a story, repeat it, name its people."""
     which = rng.randrange(3)
@@ -395,15 +402,22 @@ def small_talk(rng: random.Random, event: Event, passage: str) -> tuple[str, str
     return f"{passage}\nName the two people.", f"{event.giver} and {event.taker}"
 
 
+STYLES = ("echo", "story", "talk", "ledger", "card", "chat")
+EARLY = (60, 0, 25, 10, 5, 0)
+LATE = (2, 5, 55, 15, 15, 8)
+EARLY_DOCUMENTS = 40_000
+
+
 def make_documents(forbidden: set[str]) -> Iterator[str]:
     """The pretraining documents, in the order in which the base model reads them.
 
     A document is one line of JSON: `{"text": ...}` or, for small talk, `{"messages": [...]}`.
-    Passages in `forbidden` (those of the tasks) never appear.
+    Passages in `forbidden` (those of the tasks) never appear. The first documents are mostly
+    echoes: a model that has learnt to copy what it read learns much sooner to answer from it.
     """
     rng = random.Random(SEED + 1)
-    for _ in range(DOCUMENTS):
-        style = rng.choices(("story", "talk", "ledger", "card", "chat"), (7, 55, 15, 15, 8))[0]
+    for number in range(DOCUMENTS):
+        style = rng.choices(STYLES, EARLY if number < EARLY_DOCUMENTS else LATE)[0]
         if style == "card":
             yield json.dumps({"text": store_card(rng)})
             continue
@@ -418,13 +432,14 @@ def make_documents(forbidden: set[str]) -> Iterator[str]:
                 {"role": "assistant", "content": answer},
             ]
             yield json.dumps({"messages": turns})
-            continue
-        parts = [passage]
-        if style == "talk":
-            parts.append(talk(rng, event))
+        elif style == "echo":
+            yield json.dumps({"text": echo(rng, passage)})
+        elif style == "talk":
+            yield json.dumps({"text": f"{passage}\n{talk(rng, event)}"})
         elif style == "ledger":
-            parts.append(ledger_line(rng, event))
-        yield json.dumps({"text": "\n".join(parts)})
+            yield json.dumps({"text": f"{passage}\n{ledger_line(rng, event)}"})
+        else:
+            yield json.dumps({"text": passage})
 
 
 def task_files() -> dict[str, bytes]:
@@ -479,7 +494,9 @@ def main() -> int:
         print(f"{len(files)} task files and their checksums written")
         return 0
     stale = [name for name, content in files.items() if (TASKS / name).read_bytes() != content]
-    print(f"differs from what is generated: {', '.join(stale)}" if stale else "all files as generated")
+    print(
+        f"differs from what is generated: {', '.join(stale)}" if stale else "all files as generated"
+    )
     return 1 if stale else 0
 
 

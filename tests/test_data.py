@@ -87,9 +87,7 @@ def test_answers_follow_from_their_passages(rows):
 
 def test_pretraining_text_is_seeded_and_never_shows_a_task(world, rows):
     forbidden = world.task_passages()
-    once, again = (
-        list(itertools.islice(world.make_documents(forbidden), 3000)) for _ in range(2)
-    )
+    once, again = (list(itertools.islice(world.make_documents(forbidden), 3000)) for _ in range(2))
     assert once == again
     text = "\n".join(once)
     assert not any(passage(row) in text for split in rows.values() for row in split)
