@@ -35,13 +35,15 @@ SPLITS = {"train": 3000, "valid": 300, "test": 300}
 FAMILIES = ("question", "absent", "record")
 DOCUMENTS = 420_000
 
-PEOPLE = """Ada Abel Agnes Alban Alma Anton Astrid Basil Bea Berta Boris Bruno Cara Cecil Celia
-Clara Conrad Cora Dora Edda Edgar Edith Elias Ella Elsa Emil Enid Ernst Esther Felix Fiona Flora Freda
-Gerda Gilda Greta Gwen Hanna Hector Hedda Helga Hugo Ida Igor Ines Ingrid Iris Ivan Ivo Jasper
-Jonas Judith Karl Kira Klara Lars Lena Leo Lila Linus Lotte Lucas Luna Magda Mara Marta Max Milo
-Mina Mira Moritz Nadia Nell Nora Odile Olga Oskar Otto Paula Petra Pia Quentin Ralf Rita Rosa
-Rufus Runa Sana Selma Silas Sofia Stella Sven Tess Theo Tilda Tomas Uma Vera Viktor Willa Xenia
-Yara Zelda""".split()
+PEOPLE = """
+Ada Abel Agnes Alban Alma Anton Astrid Basil Bea Berta Boris Bruno Cara Cecil Celia Clara Conrad
+Cora Dora Edda Edgar Edith Elias Ella Elsa Emil Enid Ernst Esther Felix Fiona Flora Freda Gerda
+Gilda Greta Gwen Hanna Hector Hedda Helga Hugo Ida Igor Ines Ingrid Iris Ivan Ivo Jasper Jonas
+Judith Karl Kira Klara Lars Lena Leo Lila Linus Lotte Lucas Luna Magda Mara Marta Max Milo Mina
+Mira Moritz Nadia Nell Nora Odile Olga Oskar Otto Paula Petra Pia Quentin Ralf Rita Rosa Rufus
+Runa Sana Selma Silas Sofia Stella Sven Tess Theo Tilda Tomas Uma Vera Viktor Willa Xenia Yara
+Zelda
+""".split()
 THINGS = """lamp kettle rope barrel basket drum ladder mirror clock chair table stool cart boat net
 oar sail anchor saddle bridle coat hat scarf cloak boot glove ring bell candle book map pen violin
 flute harp kite spade rake hammer saw chisel bucket jug bowl plate spoon knife pot pan stove

@@ -70,8 +70,16 @@ def check_blocksize(blocksize: int) -> None:
         )
 
 
-def _blocks(x: Tensor, blocksize: int) -> Tensor:
-    """Lay x out flat in rows of `blocksize`, the last one filled up with zeros."""
+def split_blocks(x: Tensor, blocksize: int) -> Tensor:
+    """Lay x out flat, read row by row, and cut it into blocks.
+
+    Returns:
+        float32, shape `[ceil(n / blocksize), blocksize]`; a short last block is filled with zeros.
+
+    >>> split_blocks(torch.tensor([[1.0, 2.0, 3.0]]), 2)
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
     flat = x.detach().reshape(-1).float()
     missing = -flat.numel() % blocksize
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, blocksize)
@@ -90,7 +98,7 @@ def block_absmax(x: Tensor, blocksize: int) -> Tensor:
     >>> block_absmax(torch.tensor([1.0, -3.0, 0.5, 0.25, 2.0]), 2)
     tensor([3.0000, 0.5000, 2.0000])
     """
-    return _blocks(x, blocksize).abs().amax(dim=1)
+    return split_blocks(x, blocksize).abs().amax(dim=1)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ def quantize_blockwise(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[
     check_weight(weight)
     check_blocksize(blocksize)
     n = weight.numel()
-    blocks = _blocks(weight, blocksize)
+    blocks = split_blocks(weight, blocksize)
     absmax = block_absmax(weight, blocksize)
     scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
     if n % blocksize:
@@ -185,5 +193,5 @@ def dequantize_blockwise(
     """
     n = math.prod(shape)
     values = levels.to(packed.device)[unpack_nibbles(packed, n).int()]
-    scaled = _blocks(values, blocksize) * absmax.unsqueeze(1)
+    scaled = split_blocks(values, blocksize) * absmax.unsqueeze(1)
     return scaled.view(-1)[:n].reshape(tuple(shape)).to(dtype)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_edu.blockwise import (
@@ -20,6 +19,7 @@ from qlora_edu.blockwise import (
     DTYPES,
     dequantize_blockwise,
     quantize_blockwise,
+    split_blocks,
     unpack_nibbles,
 )
 from qlora_edu.codebooks import QuantizationError, get_levels
@@ -90,7 +90,7 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
         # The float32 sum has overflowed (constants near 3e38); the mean itself never does.
         offset = absmax.double().mean().float()
     centred = absmax - offset
-    blocks = F.pad(centred, (0, -centred.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    blocks = split_blocks(centred, NESTED_BLOCKSIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / nested_absmax).unsqueeze(1)
     codes = _assign_8bit(scaled, dynamic_map()).view(-1)[: centred.numel()]
@@ -123,8 +123,8 @@ def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     """
     codes, nested_absmax, offset, levels = quantized
     n = codes.numel()
-    constants = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:n]
-    return levels[codes.int()] * constants + offset
+    scaled = split_blocks(levels[codes.int()], NESTED_BLOCKSIZE) * nested_absmax.unsqueeze(1)
+    return scaled.view(-1)[:n] + offset
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -101,18 +101,29 @@ def draw_qlora_in_one_picture() -> Figure:
     _grid(ax, 32, 43, 13, 13, [[(7 * i + 5 * j + i * j) % 16 for j in range(8)] for i in range(8)])
     ax.text(46.5, 53, "W as stored, frozen", color=blue, weight="bold", va="center")
     ax.text(
-        46.5, 48.6, f"{nf4_bits_per_weight():.3f} bits a weight\nno gradient, no optimizer state",
-        color=blue, va="center", fontsize=10,
-    )  # fmt: skip
+        46.5,
+        48.6,
+        f"{nf4_bits_per_weight():.3f} bits a weight\nno gradient, no optimizer state",
+        color=blue,
+        va="center",
+        fontsize=10,
+    )
     _arrow(ax, (38.5, 42.4), (38.5, 37.6), blue)
-    ax.text(39.8, 40.1, "dequantise: look up the level, times its block's scale", color=blue,
-            va="center", fontsize=10)  # fmt: skip
+    ax.text(
+        39.8,
+        40.1,
+        "dequantise: look up the level, times its block's scale",
+        color=blue,
+        va="center",
+        fontsize=10,
+    )
     ax.add_patch(
         Rectangle((32, 24), 13, 13, facecolor=PALE_BLUE, edgecolor=blue, linestyle="--", lw=1.8)
     )
     ax.text(38.5, 32, "W", color=blue, ha="center", va="center", fontsize=16, weight="bold")
-    ax.text(38.5, 27.6, "16 bits,\nthen thrown away", color=blue, ha="center", va="center",
-            fontsize=9)  # fmt: skip
+    ax.text(
+        38.5, 27.6, "16 bits,\nthen thrown away", color=blue, ha="center", va="center", fontsize=9
+    )
 
     # The adapter: wide and short, tall and narrow.
     ax.add_patch(Rectangle((27, 8), 13, 3.2, facecolor=orange, edgecolor="white"))
@@ -121,9 +132,15 @@ def draw_qlora_in_one_picture() -> Figure:
     ax.add_patch(Rectangle((52, 3), 3.2, 13, facecolor=orange, edgecolor="white"))
     ax.text(53.6, 9.5, "B", ha="center", va="center", fontsize=13, weight="bold", color=ink)
     ax.text(53.6, 1.2, "out × r", ha="center", va="center", fontsize=10, color=ink)
-    ax.text(66, 4.2, "A and B: trained, 16 or 32 bits\nthe only optimizer states", color=ink,
-            va="center", fontsize=10,
-            bbox={"facecolor": PALE_ORANGE, "edgecolor": "none", "pad": 4})  # fmt: skip
+    ax.text(
+        66,
+        4.2,
+        "A and B: trained, 16 or 32 bits\nthe only optimizer states",
+        color=ink,
+        va="center",
+        fontsize=10,
+        bbox={"facecolor": PALE_ORANGE, "edgecolor": "none", "pad": 4},
+    )
 
     # Inputs, sum, loss.
     ax.add_patch(Rectangle((9, 14), 2.6, 13, facecolor=PALE_GREY, edgecolor=ink))
@@ -156,8 +173,15 @@ def draw_qlora_in_one_picture() -> Figure:
     _arrow(ax, (68.6, 17), (55.8, 8.4), red, dashed=True)
     _arrow(ax, (51.4, 8.6), (40.6, 8.6), red, dashed=True)
     _arrow(ax, (26.4, 8.4), (12.2, 15.8), red, dashed=True)
-    ax.text(15, 35.4, "gradients pass through W\nto the layers before;\nonly A and B are changed",
-            color=red, fontsize=10, va="center", ha="center")  # fmt: skip
+    ax.text(
+        15,
+        35.4,
+        "gradients pass through W\nto the layers before;\nonly A and B are changed",
+        color=red,
+        fontsize=10,
+        va="center",
+        ha="center",
+    )
     _arrow(ax, (8.4, 19.5), (2.6, 19.5), red, dashed=True)
     _arrow(ax, (2.6, 21.5), (8.4, 21.5), ink)
     return figure
@@ -193,8 +217,15 @@ def draw_finetune_pipeline() -> Figure:
         if i + 1 < len(stations):
             _arrow(ax, (left + 16.4, 18), (left + 19.2, 18), PALETTE["ink"])
     _arrow(ax, (108.7, 11), (48.7, 11), PALETTE["adapter"], bend=-0.16)
-    ax.text(78.7, 2.2, "loaded again onto the same base: the answers must not change",
-            color=PALETTE["ink"], ha="center", va="center", fontsize=10)  # fmt: skip
+    ax.text(
+        78.7,
+        2.2,
+        "loaded again onto the same base: the answers must not change",
+        color=PALETTE["ink"],
+        ha="center",
+        va="center",
+        fontsize=10,
+    )
     return figure
 
 
@@ -275,16 +306,23 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
         "gradients": (PALETTE["gradient"], ""),
         "optimizer": ("#FBE7C2", "////"),
     }
-    for row, (method, name) in enumerate(reversed(METHODS.items())):
+    for row, method in enumerate(reversed(METHODS)):
         parts = training_gigabytes(size, method, rank)
         quantised = method in ("lora8", "qlora")
         weights = PALETTE["quantized" if quantised else "base" if method == "lora" else "adapter"]
         left = 0.0
         for part, gigabytes in parts.items():
             color, hatch = styles.get(part, (weights, ""))
-            ax.barh(row, max(0, min(gigabytes, edge - left)), left=min(left, edge), color=color,
-                    hatch=hatch, edgecolor=PALETTE["adapter"] if hatch else color, linewidth=0,
-                    height=0.6)  # fmt: skip
+            ax.barh(
+                row,
+                max(0, min(gigabytes, edge - left)),
+                left=min(left, edge),
+                color=color,
+                hatch=hatch,
+                edgecolor=PALETTE["adapter"] if hatch else color,
+                linewidth=0,
+                height=0.6,
+            )
             left += gigabytes
         fits = left <= edge
         ax.text(
@@ -298,8 +336,15 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
         )
     for card in CARDS_GB:
         ax.axvline(card, color=PALETTE["device"], linewidth=1.6, linestyle="--", zorder=0.5)
-        ax.text(card, len(METHODS) - 0.45, f"{card} GB", color=PALETTE["device"], ha="center",
-                fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+        ax.text(
+            card,
+            len(METHODS) - 0.45,
+            f"{card} GB",
+            color=PALETTE["device"],
+            ha="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     ax.set(yticks=range(len(METHODS)), xlim=(0, edge), ylim=(-0.5, len(METHODS) - 0.2))
     ax.set_yticklabels(list(reversed(METHODS.values())))
     ax.grid(False)
@@ -310,10 +355,21 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
         "gradients": styles["gradients"],
         "optimizer states": styles["optimizer"],
     }
-    patches = [Rectangle((0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor=PALETTE["adapter"],
-                         linewidth=0) for color, hatch in key.values()]  # fmt: skip
-    figure.legend(patches, list(key), loc="outside lower center", ncols=5, fontsize=10,
-                  columnspacing=1.2, handlelength=1.4)  # fmt: skip
+    patches = [
+        Rectangle(
+            (0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor=PALETTE["adapter"], linewidth=0
+        )
+        for color, hatch in key.values()
+    ]
+    figure.legend(
+        patches,
+        list(key),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=10,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
     smallest = sum(training_gigabytes(size, "qlora", rank).values())
     ax.set_title(f"LLaMA-{size} at r = {rank}: QLoRA needs {smallest:.1f} GB before activations")
     ax.set_xlabel("GB (10⁹ bytes); dashed: cards; activations are not counted")
@@ -350,19 +406,35 @@ def draw_trained_tokens(
         face = "white" if not kept else PALETTE["adapter"] if trained[i] else PALE_GREY
         edge = PALETTE["gradient"] if not kept else "none"
         ax.add_patch(
-            Rectangle((column, -row * 1.25 - 1), len(token) + 0.9, 1, facecolor=face,
-                      edgecolor=edge, linestyle=":", linewidth=1.2)
-        )  # fmt: skip
-        ax.text(column + (len(token) + 0.9) / 2, -row * 1.25 - 0.53, token, ha="center",
-                va="center", family="monospace", fontsize=8.6,
-                color=PALETTE["ink"] if kept else PALETTE["gradient"])  # fmt: skip
+            Rectangle(
+                (column, -row * 1.25 - 1),
+                len(token) + 0.9,
+                1,
+                facecolor=face,
+                edgecolor=edge,
+                linestyle=":",
+                linewidth=1.2,
+            )
+        )
+        ax.text(
+            column + (len(token) + 0.9) / 2,
+            -row * 1.25 - 0.53,
+            token,
+            ha="center",
+            va="center",
+            family="monospace",
+            fontsize=8.6,
+            color=PALETTE["ink"] if kept else PALETTE["gradient"],
+        )
     kinds = {
         "read, not trained on": (PALE_GREY, "none", "-"),
         "trained on": (PALETTE["adapter"], "none", "-"),
         "cut away": ("white", PALETTE["gradient"], ":"),
     }
-    patches = [Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge, linestyle=style)
-               for face, edge, style in kinds.values()]  # fmt: skip
+    patches = [
+        Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge, linestyle=style)
+        for face, edge, style in kinds.values()
+    ]
     figure.legend(patches, list(kinds), loc="outside lower center", ncols=3, fontsize=10)
     return figure
 
