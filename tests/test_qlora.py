@@ -505,8 +505,9 @@ def test_a_state_dict_without_the_weight_is_reported_by_torch():
     assert layer.load_state_dict(adapter, strict=False).missing_keys == ["bias", "weight"]
     with pytest.raises(RuntimeError, match="weight"):
         layer.load_state_dict(adapter)
-    with pytest.raises(RuntimeError, match="lora_C"):
-        layer.load_state_dict({**layer.state_dict(), "lora_C": torch.ones(1)})
+    for stray in ("lora_C", "weight_of_another"):
+        with pytest.raises(RuntimeError, match=stray):
+            layer.load_state_dict({**layer.state_dict(), stray: torch.ones(1)})
 
 
 @pytest.mark.parametrize(

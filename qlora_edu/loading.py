@@ -1,0 +1,129 @@
+"""Support for chapters 9 and 10: load a base model, with everything that matters said out loud.
+
+Weights come from safetensors only, and no code from the Hub is ever run. The 4-bit layers of
+bitsandbytes are loaded so that they stay trainable, whatever is evaluated first.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_edu.chat_data import GUANACO_TEMPLATE
+from qlora_edu.config import FinetuneConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ModelUnavailableError(OSError):
+    """The base model is neither in a local folder nor to be had from the Hub."""
+
+
+def quantization_config(config: FinetuneConfig) -> Any:
+    """The ``BitsAndBytesConfig``, every field said; None unless the method is QLoRA."""
+    from transformers import BitsAndBytesConfig
+
+    if config.method != "qlora":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.levels,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
+        bnb_4bit_quant_storage=torch.uint8,
+        load_in_8bit=False,
+        llm_int8_threshold=6.0,  # the llm_int8 fields act in 8 bits only, save for the next one
+        llm_int8_skip_modules=["lm_head"],
+        llm_int8_enable_fp32_cpu_offload=False,
+        llm_int8_has_fp16_weight=False,
+    )
+
+
+def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
+    """Model and tokenizer, from a folder or the Hub: safetensors only, and never remote code.
+
+    Raises:
+        ModelUnavailableError: naming the model and the ways out.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cuda, source = torch.cuda.is_available(), locate(config.model)
+    # Full fine-tuning keeps float32 weights: bfloat16 would round its small steps away.
+    dtype = "float32" if config.method == "full" else config.compute_dtype
+    try:
+        _check_reachable(source)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                quantization_config=quantization_config(config),
+                device_map={"": 0} if cuda else None,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except Exception as error:
+        raise ModelUnavailableError(
+            f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). It "
+            "must be a folder on this machine or a name on the Hugging Face Hub, with its weights "
+            "in safetensors. Without the Hub: download it on another machine ('hf download NAME "
+            "--local-dir FOLDER') and set model=FOLDER, or use the preset 'embedded', which needs "
+            "no network"
+        ) from error
+    if config.chat_template == "guanaco":
+        tokenizer.chat_template = GUANACO_TEMPLATE
+    if tokenizer.pad_token is None:
+        # Padding is masked by position, never by its id, so sharing the end token is harmless here.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    forbid_cpu_repacking(model)
+    return model, tokenizer
+
+
+def forbid_cpu_repacking(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers trainable on processors with AVX512-BF16.
+
+    bitsandbytes 0.50 repacks its weights at the first evaluation there, for a faster kernel that
+    has no backward pass; later training would go on without those gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def locate(name: str) -> str:
+    """A local path as it is, or under the repository's root if it is there; else a Hub name."""
+    return name if Path(name).exists() or not (ROOT / name).exists() else str(ROOT / name)
+
+
+def _check_reachable(source: str) -> None:
+    # One quick question; otherwise transformers would ask for a minute, noisily, before giving up.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
+        HfApi().model_info(source, timeout=10)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back three messages that say nothing about the run."""
+    from transformers.utils import logging as bars
+
+    # On a CPU bitsandbytes advises a package from the Hub, which the course does without.
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    had_bars, level = bars.is_progress_bar_enabled(), advice.level
+    bars.disable_progress_bar()
+    advice.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5 for this by its former name.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            yield
+    finally:
+        advice.setLevel(level)
+        if had_bars:
+            bars.enable_progress_bar()
