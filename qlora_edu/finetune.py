@@ -125,7 +125,10 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     """
     model.train()
     with torch.random.fork_rng():
-        completion_loss(model, batch).backward()
+        loss = completion_loss(model, batch)
+        if not loss.requires_grad:
+            raise TrainingError("before step 1: the loss depends on no trainable parameter")
+        loss.backward()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     numbered = [match[0] for name, _ in trainable if (match := re.match(r".*?\.\d+\.", name))]
     first = numbered[0] if numbered else ""
@@ -182,7 +185,8 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> FinetuneResult:
             model=trainer.model,
             tokenizer=tokenizer,
         )
-        write_run(part, result)
+        with quiet():
+            write_run(part, result)
     print(result.table())
     print(f"run folder {folder}; the training time leaves out loading and both measurements")
     print(result.closing_line())
@@ -199,6 +203,7 @@ def make_trainer(
     """TRL's ``SFTTrainer`` over encoded rows, with the adapter attached in ``adapter_dtype``."""
     with quiet():
         from datasets import Dataset
+        from transformers import PrinterCallback
         from trl import SFTTrainer
 
         trainer = SFTTrainer(
@@ -208,6 +213,7 @@ def make_trainer(
             processing_class=tokenizer,
             peft_config=adapter_config(config),
         )
+    trainer.remove_callback(PrinterCallback)
     # TRL rounds the adapters of a quantised base to bfloat16, whatever was asked for.
     if config.method != "full":
         for parameter in trainer.model.parameters():
@@ -233,9 +239,9 @@ def _measure(
 
 
 def _watch(trainer: Any, batch: Batch, config: FinetuneConfig, progress: bool) -> Any:
-    """Replace the trainer's printing by one progress line, a clock, and the gradient check."""
+    """Give the trainer one progress line, a clock, and the gradient check before step one."""
     from tqdm import tqdm
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
@@ -272,7 +278,6 @@ def _watch(trainer: Any, batch: Batch, config: FinetuneConfig, progress: bool) -
             self.bar.close()
 
     watch = Watch()
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     return watch
 

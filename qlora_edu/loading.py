@@ -49,6 +49,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     Raises:
         ModelUnavailableError: naming the model and the ways out.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda, source = torch.cuda.is_available(), locate(config.model)
@@ -67,7 +68,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-    except Exception as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelUnavailableError(
             f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). It "
             "must be a folder on this machine or a name on the Hugging Face Hub, with its weights "
@@ -104,8 +105,12 @@ def _check_reachable(source: str) -> None:
     # One quick question; otherwise transformers would ask for a minute, noisily, before giving up.
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
+    if Path(source).is_dir() or try_to_load_from_cache(source, "config.json") is not None:
+        return
+    try:
         HfApi().model_info(source, timeout=10)
+    except Exception as error:  # each of the Hub's layers has exceptions of its own
+        raise OSError(f"the Hub did not answer: {error}") from error
 
 
 @contextmanager

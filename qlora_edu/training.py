@@ -122,14 +122,10 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
             [   7, -100]])}
     """
 
-    def pad(lists: Sequence[Sequence[int]], value: int) -> Tensor:
-        tensors = [torch.tensor(ids) for ids in lists]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
     return {
-        "input_ids": pad([row["input_ids"] for row in rows], pad_token_id),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": pad([row["labels"] for row in rows], IGNORED),
+        "input_ids": _pad([row["input_ids"] for row in rows], pad_token_id),
+        "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": _pad([row["labels"] for row in rows], IGNORED),
     }
 
 
@@ -213,29 +209,25 @@ def generate_answers(
     """
     encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    answers = [""] * len(encoded)
+    end, answers = tokenizer.eos_token_id, [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        longest = len(encoded[chosen[-1]])
-        ids = torch.full((len(chosen), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, longest - len(encoded[i]) :] = 1
+        ids = _pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
+        mask = _pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
         with _evaluating(model):
             out = model.generate(
                 input_ids=ids.to(_device(model)),
                 attention_mask=mask.to(_device(model)),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
-                pad_token_id=pad,
-                use_cache=True,
-                **greedy,
+                pad_token_id=tokenizer.pad_token_id,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,  # a base may bring sampling settings, which greedy must not heed
+                top_p=None,
+                top_k=None,
             )
-        for i, new in zip(chosen, out[:, longest:].tolist(), strict=True):
+        for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             answer = new[: new.index(end)] if end in new else new
             answers[i] = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return answers
@@ -256,6 +248,11 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
         )
     pairs = zip(predictions, references, strict=True)
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
+
+
+def _pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    tensors = [torch.tensor(ids) for ids in lists]
+    return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
 
 
 @contextmanager

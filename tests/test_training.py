@@ -108,12 +108,15 @@ def test_loss_curve_is_that_of_bitsandbytes_and_peft(config, base, encoded, tmp_
     theirs, ours, their_end, our_end = both_curves(config, base, encoded, tmp_path)
     assert len(theirs) == len(ours) == STEPS
     assert ours[-1] < 0.8 * ours[0]  # they learn: equal curves that go nowhere prove nothing
-    # Both compute in float32 on the same 4-bit weights, and add up in another order. Measured: up
-    # to 3e-6. AdamW divides by the root of a gradient's square, so noise in tiny gradients grows;
-    # 1e-4 leaves room for other processors. One wrong level or scale shows at 1e-2.
+    # Both compute in float32 on the same 4-bit weights, and add up in another order. Measured: 1e-6
+    # nats. AdamW divides by the root of a squared gradient, so noise in tiny gradients grows; 1e-4
+    # leaves room for other processors. The least of the mistakes below shows at more than that.
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
-    for name, tensor in our_end.items():
-        torch.testing.assert_close(tensor, their_end[name], rtol=0, atol=2e-3, msg=name)
+    # Measured: the adapters end 6e-5 apart at most. One gradient near zero whose sign flips moves
+    # its parameter by 2·lr, so what is bounded is the distance as a whole.
+    apart = sum((our_end[name] - their_end[name]).square().sum() for name in our_end).sqrt()
+    length = sum(tensor.square().sum() for tensor in our_end.values()).sqrt()
+    assert apart < 0.01 * length
 
 
 @pytest.mark.parametrize("mistake", ["alpha", "levels", "double_quant"])

@@ -123,8 +123,8 @@ class Check:
             if mistake.recognise is None:
                 found = self._behaves_like(answer, mistake.wrong, cases)
             else:
-                found = _quietly(mistake.recognise, case, yours, expected) is True
-            if found:
+                found = _quietly(mistake.recognise, case, yours, expected)
+            if found is not None and found:
                 return mistake.because
         return unlike(yours, expected) or "the numbers differ; Hint 1 may help"
 
@@ -135,7 +135,7 @@ class Check:
         )
 
     def _fail(self, case: Case, yours: str, expected: str, because: str) -> Verdict:
-        given = ", ".join(f"{name} = {show(value)}" for name, value in case.items())
+        given = ", ".join(f"{name} = {brief(value)}" for name, value in case.items())
         rows = {"given": given, "yours": yours, "expected": expected, "because": because}
         lines = [
             textwrap.fill(text, 92, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
@@ -260,7 +260,8 @@ def show(value: Any, start: int = 0) -> str:
     """
     numbers = as_numbers(value)
     if numbers is None:
-        return repr(value)
+        text = repr(value)
+        return text if len(text) <= 300 else f"{text[:297]}..."
     if numbers.dim() == 0:
         return f"{numbers.item():.9g}"
     flat = [f"{number:.9g}" for number in numbers.flatten()[start : start + 4].tolist()]
@@ -268,6 +269,19 @@ def show(value: Any, start: int = 0) -> str:
         return f"[{', '.join(f'{number:.9g}' for number in numbers.tolist())}]"
     shape = len(numbers) if numbers.dim() == 1 else tuple(numbers.shape)
     return f"{shape} numbers, [{start}:{start + len(flat)}] = [{', '.join(flat)}]"
+
+
+def brief(value: Any) -> str:
+    """Write an argument: in full if it is short, otherwise what it is.
+
+    >>> brief(torch.zeros(8, 64)), brief({"nf4": torch.zeros(16)})
+    ('8 × 64 numbers', "one each for 'nf4'")
+    """
+    if isinstance(value, dict):
+        return "one each for " + ", ".join(map(repr, value))
+    if isinstance(value, Tensor) and value.numel() > 5:
+        return " × ".join(map(str, value.shape)) + " numbers"
+    return show(value)
 
 
 def show_both(yours: Any, expected: Any) -> tuple[str, str]:
