@@ -33,7 +33,7 @@ setup:  ## set up again, whatever was set up before
 
 lab: $(READY)  ## open the course in JupyterLab
 	$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
-	    --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+	    --LabApp.default_url=/lab/tree/notebooks/01_nf4_quantile_bins.ipynb $(ARGS)
 
 test: lint  ## lint, run every test, run every notebook
 	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -43,7 +43,7 @@ def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
     Raises:
         QuantizationError: `bits` or `offset` is out of range.
 
-    Source: QLoRA (arXiv 2305.14314) section 3 and appendix E; equals the table of bitsandbytes,
+    Source: QLoRA (arXiv 2305.14314) section 3; equals the table of bitsandbytes,
     `get_4bit_type("nf4")`.
 
     >>> nf4_levels()[[0, 7, 8, 15]].tolist()

@@ -76,6 +76,7 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = True
+    group_by_length: bool = True
     seed: int = 0
     # The data and the measurements.
     max_length: int = 512
@@ -193,6 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 10,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
+        "group_by_length": False,  # here length gives the task family away
         "max_length": 256,
         "max_new_tokens": 64,
         "eval_batch_size": 100,

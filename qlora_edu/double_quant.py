@@ -17,6 +17,7 @@ from torch import Tensor
 from qlora_edu.blockwise import (
     BLOCKSIZES,
     DTYPES,
+    check_blocksize,
     dequantize_blockwise,
     quantize_blockwise,
     split_blocks,
@@ -180,6 +181,9 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Rebuild the tensor: level times absmax, in its own shape and dtype (or another dtype).
 
+        A float16 tensor near its limit of 65504 may come back with an infinity, because double
+        quantisation rounds the absmax up as often as down; ask for float32 there.
+
         >>> quantize(torch.tensor([-3.0, 0.0, 3.0]), double_quant=False).dequantize()
         tensor([-3.,  0.,  3.])
         """
@@ -203,6 +207,8 @@ class QuantizedTensor:
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """List every tensor by the key bitsandbytes gives it, ready for a safetensors file.
+
+        Of the codebooks, bitsandbytes itself reads "nf4" and "fp4" back, and refuses the others.
 
         Args:
             prefix: the name of the parameter, such as `model.layers.0.mlp.up_proj.weight`.
@@ -279,7 +285,7 @@ class QuantizedTensor:
 
 def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state:
-        raise StateDictError(f"the state dict has no key {key!r}: is {key!r} of a quantised layer?")
+        raise StateDictError(f"the state dict has no key {key!r}: it is not whole")
     return state[key].detach()
 
 
@@ -339,6 +345,10 @@ def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
         raise StateDictError(f"{prefix}.quant_map: {error}") from error
     if n_levels < 16 and n and int(unpack_nibbles(quantized.packed, n).max()) >= n_levels:
         raise StateDictError(f"{prefix} holds a code beyond its {n_levels} levels")
+    if not quantized.absmax.isfinite().all():
+        raise StateDictError(
+            f"{prefix}: a block constant is NaN or infinite, so the file is damaged"
+        )
 
 
 def quantize(
@@ -364,6 +374,7 @@ def quantize(
     >>> quantize(torch.randn(256, 256))
     QuantizedTensor(nf4, shape=(256, 256), dtype=torch.float32, blocksize=64, 4.127 bits a weight)
     """
+    check_blocksize(blocksize)
     table = get_levels(levels, blocksize)
     packed, absmax = quantize_blockwise(weight, table, blocksize)
     return QuantizedTensor(

@@ -4,24 +4,29 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_edu import blockwise as bw
 from qlora_edu.codebooks import LEVELS, QuantizationError, get_levels
 
-settings.register_profile("course", deadline=None, max_examples=60)
-settings.load_profile("course")
+# No deadline and no complaint about slow generation: a busy machine is no fault of the code.
+unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 ON_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @st.composite
-def weights(draw):
-    """Draw a 1-D tensor: normal, tied, constant or sparse, from 1e-40 to 3e38 in size."""
+def weights(draw, longest=9000):
+    """Draw a 1-D tensor: normal, tied, constant, sparse or wild, from 1e-40 to 3e38 in size."""
     dtype = draw(st.sampled_from(bw.DTYPES))
+    largest = min(3e38, torch.finfo(dtype).max)
     n = draw(st.integers(1, 300) | st.sampled_from([512, 1023, 4096, 4097, 9000]))
-    kind = draw(st.sampled_from(["normal", "ties", "constant", "sparse"]))
+    n = min(n, longest)
+    kind = draw(st.sampled_from(["normal", "ties", "constant", "sparse", "wild"]))
+    if kind == "wild":
+        numbers = draw(st.lists(st.floats(-largest, largest), min_size=1, max_size=80))
+        return torch.tensor(numbers, dtype=torch.float64).to(dtype)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     if kind == "ties":
         # A power of two leaves midpoints exact, so ties stay ties and neighbours neighbours.
@@ -39,14 +44,13 @@ def weights(draw):
         if kind == "sparse":
             x *= torch.rand(n, generator=generator) < 0.02
         scale = draw(st.sampled_from([1e-40, 1e-38, 1.2e-38, 1e-20, 1e-3, 1.0, 6e4, 3e38]))
-    largest = min(3e38, torch.finfo(dtype).max)
     return (x.double() * scale).clamp(-largest, largest).to(dtype)
 
 
 blocksizes = st.sampled_from(bw.BLOCKSIZES)
 
 
-@settings(max_examples=150)
+@settings(unhurried, max_examples=150)
 @given(weight=weights(), blocksize=blocksizes, name=st.sampled_from(["nf4", "fp4"]))
 @example(weight=torch.zeros(100), blocksize=64, name="nf4")
 @example(weight=torch.full((65,), 1e-40), blocksize=32, name="nf4")
@@ -81,9 +85,9 @@ def by_the_definition(packed, absmax, levels, blocksize, n, dtype):
     return torch.tensor(values, dtype=torch.float64).float().to(dtype)
 
 
-@settings(max_examples=40)
+@settings(unhurried, max_examples=25)
 @given(
-    weight=weights().filter(lambda weight: len(weight) <= 600),
+    weight=weights(longest=600),
     blocksize=blocksizes,
     name=st.sampled_from(LEVELS),
 )
@@ -97,6 +101,7 @@ def test_dequantised_values_equal_the_definition(weight, blocksize, name):
     )
 
 
+@unhurried
 @given(weight=weights(), blocksize=blocksizes, name=st.sampled_from(["nf4", "int4", "af4"]))
 def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, name):
     levels = get_levels(name, blocksize)
@@ -104,8 +109,9 @@ def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, na
     values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, torch.float64)
     error = (values - weight.double()).abs()
     half_gap = levels.diff().max() / 2 * absmax.repeat_interleave(blocksize)[: len(weight)]
-    # Blocks below 1e-38 are scaled by too little and come out as zero.
-    bound = torch.where(half_gap < 1e-38, 1e-38, half_gap * (1 + 1e-6)).double()
+    # Blocks below 1e-38 are scaled by too little and come out as zero. The slack is for float32:
+    # near 3e38 the reciprocal is subnormal, and is known to 4e-7 only.
+    bound = torch.where(half_gap < 1e-38, 1e-38, half_gap * (1 + 2e-5)).double()
     assert (error <= bound).all()
 
 
@@ -153,6 +159,7 @@ def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied():
     assert (short[0].item(), whole[0].item()) == (0xF9, 0xF8)
 
 
+@unhurried
 @given(codes=st.lists(st.integers(0, 15), max_size=30))
 def test_nibbles_round_trip(codes):
     codes = torch.tensor(codes, dtype=torch.uint8)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_blockwise import blocksizes, weights
+from test_blockwise import blocksizes, unhurried, weights
 
 from qlora_edu import QuantizedTensor, quantize
 from qlora_edu.blockwise import BLOCKSIZES, DTYPES, BlocksizeError, DtypeError, NonFiniteError
@@ -22,9 +22,6 @@ from qlora_edu.double_quant import (
     dynamic_map,
     quantize_absmax,
 )
-
-settings.register_profile("course", deadline=None, max_examples=60)
-settings.load_profile("course")
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -57,7 +54,7 @@ def test_dynamic_map_equals_bitsandbytes():
     assert levels[0].item() == pytest.approx(-0.993, abs=1e-4) and levels[-1] == 1
 
 
-@settings(max_examples=100)
+@settings(unhurried, max_examples=80)
 @given(weight=weights(), blocksize=blocksizes, name=st.sampled_from(["nf4", "fp4"]))
 def test_double_quantised_state_equals_bitsandbytes_to_the_byte(weight, blocksize, name):
     quantized = quantize(weight, name, blocksize)
@@ -81,7 +78,7 @@ def test_every_dtype_and_blocksize_equals_bitsandbytes(dtype, blocksize, double_
     assert_same_state(quantized, *bitsandbytes_quantize(weight, "nf4", blocksize, double_quant))
 
 
-@settings(max_examples=40)
+@settings(unhurried, max_examples=40)
 @given(
     n=st.integers(1, 2000),
     spread=st.sampled_from([0.0, 1e-42, 1e-39, 1e-3, 1.0]),
@@ -249,6 +246,13 @@ def test_we_read_a_file_of_bitsandbytes(double_quant, tmp_path):
     )
 
 
+def test_bitsandbytes_refuses_a_codebook_it_does_not_have():
+    state = quantize(normal(64), "int4").state_dict()
+    stats = {key.removeprefix("weight."): t for key, t in state.items() if key != "weight"}
+    with pytest.raises(ValueError, match="bitsandbytes__int4"):
+        bnb_functional.QuantState.from_dict(stats, device=torch.device("cpu"))
+
+
 def test_we_read_packed_weights_stored_under_a_float_dtype():
     """Sharded training asks bitsandbytes for `bnb_4bit_quant_storage=bfloat16`."""
     weight = normal(64, 64)
@@ -310,11 +314,13 @@ def test_a_missing_key_is_named(key):
         lambda state: with_fact(state, blocksize=32),
         lambda state: with_fact(state, nested_blocksize=128),
         lambda state: with_fact(state, nested_offset=None),
+        lambda state: with_fact(state, nested_offset=float("nan")),
         lambda state: with_fact(state, quant_type="fp4"),
         lambda state: state | {"weight": state["weight"][:-1]},
         lambda state: state | {"weight.absmax": state["weight.absmax"].float()},
         lambda state: state | {"weight.absmax": state["weight.absmax"][:1]},
         lambda state: state | {"weight.nested_absmax": torch.ones(2)},
+        lambda state: state | {"weight.nested_absmax": torch.tensor([torch.inf])},
         lambda state: state | {"weight.nested_quant_map": torch.ones(16)},
         lambda state: state | {"weight.quant_map": torch.ones(17)},
         lambda state: state | {"weight.quant_map": torch.full((16,), torch.nan)},
@@ -332,6 +338,8 @@ def test_bad_input_is_refused_by_kind():
         quantize(weight, "nf5")
     with pytest.raises(BlocksizeError, match="100"):
         quantize(weight, blocksize=100)
+    with pytest.raises(BlocksizeError, match="'64'"):
+        quantize(weight, "af4", blocksize="64")
     with pytest.raises(DtypeError, match="int64"):
         quantize(weight.long())
     with pytest.raises(DtypeError, match="complex64"):

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((hygiene.ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 def test_there_are_notebooks_to_look_at():
     names = {path.stem for path in NOTEBOOKS}
-    assert {"00_start_here", "01_nf4_quantile_bins", "09_finetune_7b"} <= names
+    assert "01_nf4_quantile_bins" in names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

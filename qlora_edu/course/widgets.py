@@ -86,7 +86,7 @@ DRAWS = {
 
 
 @cache
-def scaled_weights(distribution: str, blocks: int = 8192) -> Tensor:
+def scaled_weights(distribution: str, blocks: int = 32768) -> Tensor:
     """Draw weights from one of `DRAWS` and divide each block of 64 by its absmax, as NF4 does.
 
     >>> scaled_weights("uniform").abs().max().item()
