@@ -18,11 +18,6 @@ from qlora_edu.course import run_notebooks
 NOTEBOOKS = sorted((hygiene.ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def test_there_are_notebooks_to_look_at():
-    names = {path.stem for path in NOTEBOOKS}
-    assert "01_nf4_quantile_bins" in names
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_hygiene(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)

@@ -1,41 +1,16 @@
 """The exercises of notebook 0: bytes, levels, adapters, and rows of one's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_edu.course.checks.core import Case, Check, Mistake, Verdict, show
+from qlora_edu.course.checks.core import Case, Check, Mistake, OpenCheck
 
 # The reader may multiply in another order than the reference; float32 sums then differ in their
 # last bits, while every listed mistake is off by at least a hundredth.
 ROUNDING = 1e-4
-
-
-@dataclass(frozen=True)
-class OpenCheck(Check):
-    """An exercise with many right answers: right is what no `recognise` finds a fault with."""
-
-    def judge(self, answer: Any) -> Verdict:
-        """Look for each fault in turn; `recognise` gets the answer as its second argument."""
-        if not callable(answer):
-            return self._fail({}, show(answer), "a function", "pass the function, not its result")
-        try:
-            yours = answer()
-        except NotImplementedError:
-            return Verdict("○", f"{self.title}: not attempted")
-        except (Exception, SystemExit) as error:
-            return self._fail({}, f"raised {type(error).__name__}: {error}", "", "look at its text")
-        for mistake in self.mistakes:
-            try:
-                found = mistake.recognise({}, yours, None)
-            except Exception:
-                found = True  # so unlike an answer that this question cannot even be asked
-            if found:
-                return self._fail({}, show(yours)[:300], "", mistake.because)
-        return Verdict("✓", self.title)
 
 
 def weight_gigabytes(parameters: int, bits_per_weight: float) -> float:

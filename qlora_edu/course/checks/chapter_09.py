@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qlora_edu.config import FinetuneConfig
-from qlora_edu.course.checks.chapter_00 import ROUNDING, OpenCheck
-from qlora_edu.course.checks.core import Case, Check, Mistake
+from qlora_edu.course.checks.chapter_00 import ROUNDING
+from qlora_edu.course.checks.core import Case, Check, Mistake, OpenCheck
 
 CARDS = (16, 24, 48, 80)
 # Not experiments: how long the run is, what it is called and how many answers are looked at.

@@ -87,6 +87,14 @@ class Check:
         print(self.judge(answer))
 
     def judge(self, answer: Callable[..., Any]) -> Verdict:
+        """Return the verdict on an answer; never raises, whatever the answer is."""
+        try:
+            return self._judge(answer)
+        except Exception as error:
+            because = f"{type(error).__name__} when your answer was looked at: is it of that kind?"
+            return Verdict("✗", f"{self.title}\n  because   {because}", because)
+
+    def _judge(self, answer: Callable[..., Any]) -> Verdict:
         """Compare an answer with the reference, case by case; stop at the first difference."""
         if not callable(answer):
             return self._fail({}, show(answer), "a function", "pass the function, not its result")
@@ -165,7 +173,7 @@ class OpenCheck(Check):
       because   it is odd
     """
 
-    def judge(self, answer: Callable[..., Any]) -> Verdict:
+    def _judge(self, answer: Callable[..., Any]) -> Verdict:
         """Look for each fault in turn; `recognise` gets the answer as its second argument."""
         if not callable(answer):
             return self._fail({}, show(answer), "a function", "pass the function, not its result")
