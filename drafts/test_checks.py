@@ -129,9 +129,11 @@ def test_the_stub_is_not_attempted_and_says_what_to_return(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_later_cells_take_the_right_answer(name):
+def test_later_cells_that_need_an_answer_take_the_right_one(name):
     end, function = place_of_check(name)
     later = [c.source for c in notebook(name).cells[end + 1 :] if c.cell_type == "code"]
+    if not any(re.search(rf"\b{function}\b", source) for source in later):
+        return  # an exercise at the end of the road: nothing later needs it
     assert any(
         re.search(rf"^{function} = checks\.{name}\.reference$", source, re.MULTILINE)
         or re.search(rf"^from qlora_edu\S* import .*\b{function}\b", source, re.MULTILINE)
@@ -255,7 +257,7 @@ def test_a_long_answer_is_shown_from_its_first_difference():
     def answer(n):
         return torch.arange(n) + (torch.arange(n) == 70)
 
-    check = Check("9.9 count", torch.arange, (), cases=lambda random: [{"n": 99}])
+    check = Check("9.9 count", lambda n: torch.arange(n), (), cases=lambda random: [{"n": 99}])
     text = str(check.judge(answer))
     assert "given     n = 99" in text
     assert "yours     99 numbers, [70:74] = [71, 71, 72, 73]" in text
