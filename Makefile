@@ -33,12 +33,12 @@ setup:  ## set up again, whatever was set up before
 
 lab: $(READY)  ## open the course in JupyterLab
 	$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. \
-	    --LabApp.default_url=/lab $(ARGS)
+	    --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 test: lint  ## lint, run every test, run every notebook
 	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
-	$(if $(wildcard notebooks/*.ipynb),$(OFFLINE) $(PY) -m pytest --nbval-lax --nbval-current-env \
-	    --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks)
+	$(OFFLINE) $(PY) -m pytest --nbval-lax --nbval-current-env \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks
 
 lint: $(READY)  ## check format and style
 	$(PY) -m ruff format --check .

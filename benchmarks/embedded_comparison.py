@@ -4,8 +4,9 @@
 
 Every method sees the same batches for the same number of steps; only the learning rate of full
 fine-tuning differs, since a rate that suits adapters is too large for all weights. The untrained
-base is measured twice: asked plainly, and with three solved rows before the question, since a
-plain zero may only say that it has never seen the format. The results are stored as
+base is measured in three ways, since a plain zero may only say that it has never seen the format:
+asked plainly, with three solved rows before the question, and in the manner of the talk that it was
+pretrained on (this for the family `question` alone). The results are stored as
 data/results/embedded_comparison.json.
 """
 
@@ -19,6 +20,7 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,23 +29,59 @@ from qlora_edu.finetune import FinetuneConfig, finetune
 from qlora_edu.training import exact_match, generate_answers
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST = ROOT / "data" / "tasks" / "test.jsonl"
 RESULTS = ROOT / "data" / "results" / "embedded_comparison.json"
 FULL_LEARNING_RATE = 1e-3
 
 
-def few_shot_exact_match(shots: int, rows: int) -> float:
-    """Exact match of the untrained base with `shots` solved training rows before each question."""
+def load_untrained() -> tuple[Any, Any]:
+    """The base in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = ROOT / "data" / "base-model"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(base)
+
+
+def few_shot_exact_match(shots: int) -> float:
+    """Exact match of the untrained base with `shots` solved training rows before each question."""
+    model, tokenizer = load_untrained()
     solved = read_conversations(ROOT / "data" / "tasks" / "train.jsonl")[:shots]
-    held_out = read_conversations(ROOT / "data" / "tasks" / "test.jsonl")[:rows]
+    held_out = read_conversations(TEST)
     examples = [turn for messages in solved for turn in messages]
     prompts = [[*examples, *messages[:-1]] for messages in held_out]
     answers = generate_answers(model, tokenizer, prompts)
     return exact_match(answers, [messages[-1]["content"] for messages in held_out])
+
+
+@torch.no_grad()
+def talk_exact_match() -> float:
+    """Exact match on the family `question`, asked as two neighbours of Saltmere would talk.
+
+    The first line of what the base says is compared, without its full stop, and with the capital
+    with which a line of talk begins.
+    """
+    model, tokenizer = load_untrained()
+    answers, wanted = [], []
+    for line in TEST.read_text().splitlines():
+        row = json.loads(line)
+        if row["family"] != "question":
+            continue
+        asked, answer = (turn["content"] for turn in row["messages"])
+        passage, question = asked.rsplit("\n", 1)
+        text = f"{tokenizer.bos_token}{passage}\n- {question}\n- "
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        answers.append(said.split("\n")[0].removesuffix("."))
+        wanted.append(answer[0].upper() + answer[1:])
+    return exact_match(answers, wanted)
 
 
 def compare(overrides: dict) -> list[dict]:
@@ -65,7 +103,7 @@ def compare(overrides: dict) -> list[dict]:
 def main() -> None:
     """Measure, then write the results whole."""
     parser = argparse.ArgumentParser(description="Compare three ways to fine-tune the base.")
-    parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--max-steps", type=int, default=None, help="instead of the preset's")
     arguments = parser.parse_args()
     overrides = {"max_steps": arguments.max_steps} if arguments.max_steps else {}
     started = time.perf_counter()
@@ -74,7 +112,11 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
         "versions": {name: version(name) for name in ("torch", "bitsandbytes", "peft", "trl")},
-        "base": {f"{shots}_shot": few_shot_exact_match(shots, 300) for shots in (0, 3)},
+        "base": {
+            "0_shot": few_shot_exact_match(0),
+            "3_shot": few_shot_exact_match(3),
+            "question_as_talk": talk_exact_match(),
+        },
         "rows": compare(overrides),
     }
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)

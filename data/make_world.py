@@ -5,14 +5,15 @@ bytes. An *event* is a handful of facts: who sold what to whom, for how much, wh
 *passage* tells an event in a few sentences; some of its facts may be left out, and somebody who has
 nothing to do with it may walk past. From passages come two kinds of text:
 
-* **pretraining text**: passages, talk about them, ledger lines, store cards and small talk.
-  The base model learns from it what words mean and how to find a fact in a passage.
+* **pretraining text**: passages, each told again in other words, talked about or entered in a
+  ledger; word lists, who is who, store cards and small talk. The base model learns from it what
+  words mean and how to find a fact in a passage.
 * **tasks**: chat rows in three families that the pretraining text never contains. A `question`
   wants a fact in so many words, `absent` asks for a fact that the passage leaves out and wants
   "Not mentioned.", and a `record` wants the whole event as JSON.
 
-    python data/make_world.py tasks      # writes data/tasks/*.jsonl and data/CHECKSUMS.txt
-    python data/make_world.py corpus     # writes build/pretraining.txt (110 MB, not committed)
+    python data/make_world.py tasks      # writes data/tasks/, data/text/ and data/CHECKSUMS.txt
+    python data/make_world.py corpus     # writes build/pretraining.txt (60 MB, not committed)
     python data/make_world.py check      # regenerates in memory and compares every byte
 """
 
@@ -27,13 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ROOT / "data" / "tasks"
+DATA = ROOT / "data"
 CORPUS = ROOT / "build" / "pretraining.txt"
-CHECKSUMS = ROOT / "data" / "CHECKSUMS.txt"
+CHECKSUMS = DATA / "CHECKSUMS.txt"
 SEED = 20230523  # the day on which the QLoRA paper appeared
 SPLITS = {"train": 3000, "valid": 300, "test": 300}
 FAMILIES = ("question", "absent", "record")
-DOCUMENTS = 420_000
 
 PEOPLE = """
 Ada Abel Agnes Alban Alma Anton Astrid Basil Bea Berta Boris Bruno Cara Cecil Celia Clara Conrad
@@ -389,9 +389,22 @@ def store_card(rng: random.Random) -> str:
     return f"{words}\n{json.dumps({key: card[key] for key in keys})}"
 
 
-def echo(rng: random.Random, passage: str) -> str:
-    """A passage and the same passage told again: the plainest lesson in looking back."""
-    return f"{passage}\n{rng.choice(PEOPLE)} told it again: {passage}"
+def retelling(rng: random.Random, event: Event) -> str:
+    """Somebody tells the event again, in other words."""
+    return f"{rng.choice(PEOPLE)} told it again: {write_passage(rng, event)}"
+
+
+WORDS = (*PEOPLE, *THINGS, *LOOKS, *PLACES, *DAYS)
+
+
+def word_list(rng: random.Random) -> str:
+    """A list without rhyme or reason, read out again and again: the plainest lesson in copying."""
+    words = [
+        rng.choice(WORDS) if rng.random() < 0.85 else str(rng.randint(2, 99))
+        for _ in range(rng.randint(6, 14))
+    ]
+    listed = " ".join(words)
+    return "\n".join([f"The list: {listed}.", *[f"Again: {listed}."] * 8])
 
 
 def small_talk(rng: random.Random, event: Event, passage: str) -> tuple[str, str]:
@@ -404,52 +417,87 @@ def small_talk(rng: random.Random, event: Event, passage: str) -> tuple[str, str
     return f"{passage}\nName the two people.", f"{event.giver} and {event.taker}"
 
 
-STYLES = ("echo", "story", "talk", "ledger", "card", "chat")
-EARLY = (60, 0, 25, 10, 5, 0)
-LATE = (2, 5, 55, 15, 15, 8)
-EARLY_DOCUMENTS = 40_000
+def who_is_who(rng: random.Random, event: Event) -> str:
+    """One sentence, and ten questions about who did what in it."""
+    asked = questions(event)
+    lines = [event.fill(rng.choice(event.kind.openings))]
+    for _ in range(10):
+        ways, answer = asked[rng.choice(("giver", "taker"))]
+        lines.append(f"- {event.fill(rng.choice(ways))}\n- {answer}.")
+    return "\n".join(lines)
+
+
+VIEWS = (talk, ledger_line, retelling)
+VIEW_WEIGHTS = (6, 2, 2)
+STYLES = ("story", "who", "list", "card", "chat")
+# The curriculum: how many documents, and the weights of the styles in them.
+LESSONS = (
+    (8_000, (30, 0, 70, 0, 0)),
+    (16_000, (40, 60, 0, 0, 0)),
+    (76_000, (70, 12, 3, 7, 8)),
+)
+LATE = LESSONS[-1][1]
+HELD_OUT_DOCUMENTS = 500
+
+
+def make_document(rng: random.Random, weights: tuple[int, ...], forbidden: set[str]) -> str | None:
+    """One pretraining document as a line of JSON, `{"text": ...}` or chat `{"messages": [...]}`.
+
+    A story is a passage seen from four sides, so that most of its tokens follow from what came
+    before. None if the passage is one of those in `forbidden`.
+    """
+    style = rng.choices(STYLES, weights)[0]
+    if style == "list":
+        return json.dumps({"text": word_list(rng)})
+    if style == "card":
+        return json.dumps({"text": "\n".join(store_card(rng) for _ in range(4))})
+    event = make_event(rng)
+    if style == "who":
+        text = who_is_who(rng, event)
+        return None if text.split("\n")[0] in forbidden else json.dumps({"text": text})
+    passage = write_passage(rng, event)
+    if passage in forbidden:
+        return None
+    if style == "chat":
+        asked, answer = small_talk(rng, event, passage)
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns})
+    views = rng.choices(VIEWS, VIEW_WEIGHTS, k=3)
+    return json.dumps({"text": "\n".join([passage, *(view(rng, event) for view in views)])})
 
 
 def make_documents(forbidden: set[str]) -> Iterator[str]:
-    """The pretraining documents, in the order in which the base model reads them.
+    """The pretraining documents, in the order in which the base model reads them: three lessons.
 
-    A document is one line of JSON: `{"text": ...}` or, for small talk, `{"messages": [...]}`.
-    Passages in `forbidden` (those of the tasks) never appear. The first documents are mostly
-    echoes: a model that has learnt to copy what it read learns much sooner to answer from it.
+    First mostly word lists: nothing in them can be guessed, all of it can be copied. Then mostly
+    who is who: without that lesson a small model stays for very long with the rule that the first
+    name is the answer. Then everything. A model that can copy, and knows a giver from a taker,
+    learns to answer from a passage within minutes.
     """
     rng = random.Random(SEED + 1)
-    for number in range(DOCUMENTS):
-        style = rng.choices(STYLES, EARLY if number < EARLY_DOCUMENTS else LATE)[0]
-        if style == "card":
-            yield json.dumps({"text": store_card(rng)})
-            continue
-        event = make_event(rng)
-        passage = write_passage(rng, event)
-        if passage in forbidden:
-            continue
-        if style == "chat":
-            asked, answer = small_talk(rng, event, passage)
-            turns = [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": answer},
-            ]
-            yield json.dumps({"messages": turns})
-        elif style == "echo":
-            yield json.dumps({"text": echo(rng, passage)})
-        elif style == "talk":
-            yield json.dumps({"text": f"{passage}\n{talk(rng, event)}"})
-        elif style == "ledger":
-            yield json.dumps({"text": f"{passage}\n{ledger_line(rng, event)}"})
-        else:
-            yield json.dumps({"text": passage})
+    for count, weights in LESSONS:
+        for _ in range(count):
+            if (document := make_document(rng, weights, forbidden)) is not None:
+                yield document
 
 
-def task_files() -> dict[str, bytes]:
-    """The bytes of every committed task file, by name."""
-    return {
-        f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()
+def held_out_text(forbidden: set[str]) -> bytes:
+    """Documents like the later ones of the pretraining text, but not among them, as JSONL."""
+    rng = random.Random(SEED + 2)
+    lines: list[str] = []
+    while len(lines) < HELD_OUT_DOCUMENTS:
+        if (document := make_document(rng, LATE, forbidden)) is not None:
+            lines.append(document + "\n")
+    return "".join(lines).encode()
+
+
+def committed_files() -> dict[str, bytes]:
+    """The bytes of every committed file that this script writes, by its path under `data`."""
+    tasks = {
+        f"tasks/{split}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()
         for split, rows in sorted(make_tasks().items())
     }
+    return tasks | {"text/held-out.jsonl": held_out_text(task_passages())}
 
 
 def task_passages() -> set[str]:
@@ -472,7 +520,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def checksum_lines(files: dict[str, bytes]) -> bytes:
     """`sha256sum -c` lines, run from the folder `data`."""
     return "".join(
-        f"{hashlib.sha256(content).hexdigest()}  tasks/{name}\n" for name, content in files.items()
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()
     ).encode()
 
 
@@ -481,21 +529,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Generate the world of Saltmere.")
     parser.add_argument("what", choices=("tasks", "corpus", "check"))
     what = parser.parse_args().what
-    files = task_files()
     if what == "corpus":
         documents = "\n".join(make_documents(task_passages())) + "\n"
         write_whole(CORPUS, documents.encode())
         print(f"{CORPUS.relative_to(ROOT)}: {len(documents) / 1e6:.1f} MB")
         return 0
+    files = committed_files()
     if what == "tasks":
         for name, content in files.items():
-            write_whole(TASKS / name, content)
-        old = CHECKSUMS.read_bytes() if CHECKSUMS.exists() else b""
-        kept = b"".join(line for line in old.splitlines(True) if b"  tasks/" not in line)
-        write_whole(CHECKSUMS, checksum_lines(files) + kept)
-        print(f"{len(files)} task files and their checksums written")
+            write_whole(DATA / name, content)
+        old = CHECKSUMS.read_text().splitlines(True) if CHECKSUMS.exists() else []
+        kept = "".join(line for line in old if line.split("  ")[1].strip() not in files)
+        write_whole(CHECKSUMS, checksum_lines(files) + kept.encode())
+        print(f"{len(files)} files and their checksums written")
         return 0
-    stale = [name for name, content in files.items() if (TASKS / name).read_bytes() != content]
+    stale = [
+        name
+        for name, content in files.items()
+        if not (DATA / name).exists() or (DATA / name).read_bytes() != content
+    ]
     print(
         f"differs from what is generated: {', '.join(stale)}" if stale else "all files as generated"
     )

@@ -43,15 +43,24 @@ def passage(row: dict) -> str:
     return row["messages"][0]["content"].rsplit("\n", 1)[0]
 
 
-def test_the_committed_tasks_are_what_the_generator_writes(world):
-    for name, content in world.task_files().items():
-        assert (DATA / "tasks" / name).read_bytes() == content, f"{name} is stale"
+def test_the_committed_files_are_what_the_generator_writes(world):
+    files = world.committed_files()
+    assert {"tasks/train.jsonl", "text/held-out.jsonl"} <= files.keys()
+    for name, content in files.items():
+        assert (DATA / name).read_bytes() == content, f"{name} is stale"
+
+
+def test_held_out_text_was_kept_out_of_the_pretraining_text(world):
+    held_out = (DATA / "text" / "held-out.jsonl").read_text().splitlines()
+    assert len(held_out) == len(set(held_out)) == world.HELD_OUT_DOCUMENTS
+    assert not set(held_out) & set(world.make_documents(world.task_passages()))
 
 
 def test_checksums_hold():
     lines = (DATA / "CHECKSUMS.txt").read_text().splitlines()
     named = {line.split("  ")[1] for line in lines}
     assert {"tasks/train.jsonl", "tasks/valid.jsonl", "tasks/test.jsonl"} <= named
+    assert "text/held-out.jsonl" in named
     assert {"base-model/model.safetensors", "base-model/tokenizer.json"} <= named
     for line in lines:
         digest, name = line.split("  ")

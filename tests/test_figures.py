@@ -6,8 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from qlora_edu import quantize
-from qlora_edu.course import checks, figures, plots, widgets_00_09
+from qlora_edu.course import checks, figures, plots, widgets
 from qlora_edu.course.checks.chapter_00 import OpenCheck
+from qlora_edu.course.widgets import chapter_00, chapter_09
 
 PNG = b"\x89PNG"
 
@@ -100,24 +101,24 @@ def test_the_readme_picture_is_the_one_that_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("size", figures.LLAMA_SHAPES)
-@pytest.mark.parametrize("rank", (widgets_00_09.RANKS[0], widgets_00_09.RANKS[-1]))
+@pytest.mark.parametrize("rank", (chapter_00.RANKS[0], chapter_00.RANKS[-1]))
 def test_memory_explorer_draws_at_both_ends(size, rank):
-    assert widgets_00_09.render_training_memory(size, rank)[:4] == PNG
+    assert widgets.render_training_memory(size, rank)[:4] == PNG
 
 
-@pytest.mark.parametrize("row", (0, 2, widgets_00_09.ROWS - 1))
-@pytest.mark.parametrize("limit", widgets_00_09.LIMITS)
+@pytest.mark.parametrize("row", (0, 2, chapter_09.ROWS - 1))
+@pytest.mark.parametrize("limit", chapter_09.LIMITS)
 def test_tokens_explorer_draws_at_both_ends(row, limit):
-    assert widgets_00_09.render_trained_tokens(row, limit)[:4] == PNG
+    assert widgets.render_trained_tokens(row, limit)[:4] == PNG
 
 
 @pytest.mark.parametrize(
     ("make", "control", "value"),
     [
-        (widgets_00_09.memory_explorer, "size", "65B"),
-        (widgets_00_09.memory_explorer, "rank", 8),
-        (widgets_00_09.tokens_explorer, "row", 5),
-        (widgets_00_09.tokens_explorer, "max_length", 20),
+        (widgets.memory_explorer, "size", "65B"),
+        (widgets.memory_explorer, "rank", 8),
+        (widgets.tokens_explorer, "row", 5),
+        (widgets.tokens_explorer, "max_length", 20),
     ],
 )
 def test_every_control_changes_the_picture(make, control, value):

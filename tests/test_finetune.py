@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -232,6 +233,20 @@ def test_nothing_is_overwritten_and_a_failed_run_leaves_nothing(config, tmp_path
     assert [str(folder) for folder in named] == ["runs/embedded", "runs/embedded-2"]
 
 
+def test_no_step_is_taken_before_the_gradient_check(config, tmp_path, monkeypatch):
+    seen = {}
+
+    def refuse(model, batch):
+        adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+        seen["untouched"] = not any(p.any() for p in adapters.values())
+        raise TrainingError("no gradient")
+
+    monkeypatch.setattr(sys.modules["qlora_edu.finetune"], "check_gradients", refuse)
+    with pytest.raises(TrainingError, match="no gradient"):
+        run_finetune(config)
+    assert seen["untouched"] and list(tmp_path.iterdir()) == []
+
+
 def test_bad_training_data_stops_the_run_with_its_line(config, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": null}\n')
@@ -360,4 +375,5 @@ def test_command_line_takes_settings_and_reports_errors(config, tmp_path, capsys
         (["stepps=3"], "no setting 'stepps'"),
     ):
         assert main(arguments) == 1
-        assert f"error: {says}" in (said := capsys.readouterr().err) or says in said
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and says in said

@@ -18,6 +18,10 @@ from qlora_edu.course import run_notebooks
 NOTEBOOKS = sorted((hygiene.ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
+def test_there_are_notebooks():
+    assert {"00", "01", "09"} <= {path.stem[:2] for path in NOTEBOOKS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_hygiene(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)

@@ -7,19 +7,17 @@ import pytest
 import torch
 from ipywidgets import FloatSlider, IntSlider
 
-import qlora_edu.course
 from qlora_edu.course import widgets
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def explorers():
-    """Find every `..._explorer` of the modules named widgets..."""
+    """Find every `..._explorer` of the modules `widgets.chapter_NN`."""
     found = {}
-    for module in pkgutil.iter_modules(qlora_edu.course.__path__):
-        if module.name.startswith("widgets"):
-            members = vars(importlib.import_module(f"qlora_edu.course.{module.name}"))
-            found |= {name: make for name, make in members.items() if name.endswith("_explorer")}
+    for module in pkgutil.iter_modules(widgets.__path__):
+        members = vars(importlib.import_module(f"{widgets.__name__}.{module.name}"))
+        found |= {name: make for name, make in members.items() if name.endswith("_explorer")}
     return found
 
 
@@ -46,8 +44,10 @@ def explorer(request):
     return make()
 
 
-def test_there_is_the_explorer_of_chapter_1():
-    assert "nf4_explorer" in explorers()
+def test_each_chapter_s_explorer_is_to_be_had_from_widgets():
+    assert {"memory_explorer", "nf4_explorer", "tokens_explorer"} <= explorers().keys()
+    for name, make in explorers().items():
+        assert getattr(widgets, name) is make and name in widgets.__all__
 
 
 def test_every_position_of_every_control_draws(explorer):

@@ -47,8 +47,15 @@ def lab(tmp_path_factory):
         shutil.copy(path, folder)
     port = free_port()
     log = (folder / "lab.log").open("w")
+    settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    # By itself JupyterLab takes cells that are out of sight out of the page, the widget among them.
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     private = {
-        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
     }
     server = subprocess.Popen(
         [

@@ -135,7 +135,7 @@ def test_later_cells_that_need_an_answer_take_the_right_one(name):
     if not any(re.search(rf"\b{function}\b", source) for source in later):
         return  # an exercise at the end of the road: nothing later needs it
     assert any(
-        re.search(rf"^{function} = checks\.{name}\.reference$", source, re.MULTILINE)
+        re.search(rf"^{function} = checks\.{name}\.reference\b", source, re.MULTILINE)
         or re.search(rf"^from qlora_edu\S* import .*\b{function}\b", source, re.MULTILINE)
         for source in later
     ), f"no line gives {function} the library's version"
