@@ -233,6 +233,14 @@ def test_nothing_is_overwritten_and_a_failed_run_leaves_nothing(config, tmp_path
     assert [str(folder) for folder in named] == ["runs/embedded", "runs/embedded-2"]
 
 
+def test_the_embedded_preset_teaches_the_base_its_tasks(tmp_path):
+    preset = FinetuneConfig.from_preset("embedded", output_dir=str(tmp_path / "run"))
+    result = run_finetune(preset, progress=False)
+    assert len(result.after.answers) == 300
+    assert result.before.exact_match < 0.10
+    assert result.after.exact_match >= 0.85
+
+
 def test_no_step_is_taken_before_the_gradient_check(config, tmp_path, monkeypatch):
     seen = {}
 
