@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint format doctor course finetune notebooks clean
+.PHONY: help setup lab test lint format doctor course finetune bench notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,13 @@ course: $(READY)  ## run all notebooks, HTML under build/course
 
 finetune: $(READY)  ## fine-tune the embedded model: answers before and after
 	$(PY) -m qlora_edu finetune --preset embedded $(ARGS)
+
+bench: $(VENV)/.bench  ## time the quantiser beside bitsandbytes and torchao
+	$(PY) benchmarks/quantiser.py $(ARGS)
+
+$(VENV)/.bench: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@touch $@
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs
 	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)

@@ -1,6 +1,6 @@
 """Full fine-tuning, LoRA and QLoRA of the embedded base on the same rows, and the base untrained.
 
-    python benchmarks/embedded_comparison.py        # about 12 minutes on two cores
+    python benchmarks/embedded_comparison.py        # about 5 minutes on two cores
 
 Every method sees the same batches for the same number of steps; only the learning rate of full
 fine-tuning differs, since a rate that suits adapters is too large for all weights. The untrained
@@ -12,25 +12,19 @@ data/results/embedded_comparison.json.
 
 import argparse
 import json
-import os
-import platform
-import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from stored import ROOT, stamp, store
 
 from qlora_edu.chat_data import read_conversations
 from qlora_edu.finetune import FinetuneConfig, finetune
 from qlora_edu.training import exact_match, generate_answers
 
-ROOT = Path(__file__).resolve().parents[1]
 TEST = ROOT / "data" / "tasks" / "test.jsonl"
-RESULTS = ROOT / "data" / "results" / "embedded_comparison.json"
 FULL_LEARNING_RATE = 1e-3
 
 
@@ -108,10 +102,7 @@ def main() -> None:
     overrides = {"max_steps": arguments.max_steps} if arguments.max_steps else {}
     started = time.perf_counter()
     report = {
-        "command": " ".join(["python", "benchmarks/embedded_comparison.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
-        "versions": {name: version(name) for name in ("torch", "bitsandbytes", "peft", "trl")},
+        **stamp(["bitsandbytes", "peft", "trl"]),
         "base": {
             "0_shot": few_shot_exact_match(0),
             "3_shot": few_shot_exact_match(3),
@@ -120,11 +111,7 @@ def main() -> None:
         "rows": compare(overrides),
     }
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    part = RESULTS.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(part, RESULTS)
-    print(f"{RESULTS.relative_to(ROOT)} written")
+    store(report, "embedded_comparison")
 
 
 if __name__ == "__main__":

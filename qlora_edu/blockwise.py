@@ -6,8 +6,12 @@ the block divided by it fits the levels. One outlier then spoils one block and n
 Each weight becomes a 4-bit code, a nibble, and two nibbles share a byte.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,9 @@ from qlora_edu.codebooks import QuantizationError, assign
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+PIECE = 2**18
+"""Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""
 
 # bitsandbytes never divides by less than this; a subnormal in float32.
 _SMALLEST_SCALE = 1e-38
@@ -30,16 +37,19 @@ class BlocksizeError(QuantizationError):
     """The block size is not one of `BLOCKSIZES`."""
 
 
+class CompilerError(QuantizationError):
+    """The quantiser could not be compiled on this machine."""
+
+
 class DtypeError(QuantizationError, TypeError):
     """The tensor is of a type that cannot be quantised."""
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse what cannot be quantised: no tensor, another dtype than `DTYPES`, NaN or infinity.
+    """Refuse what cannot be quantised: no tensor, or another dtype than `DTYPES`.
 
     Raises:
         DtypeError: `weight` is no tensor or has an unsupported dtype.
-        NonFiniteError: `weight` holds NaN or infinity; says how many, and where the first one is.
     """
     if not isinstance(weight, Tensor):
         raise DtypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
@@ -48,14 +58,15 @@ def check_weight(weight: Tensor) -> None:
         raise DtypeError(
             f"cannot quantise a tensor of dtype {weight.dtype}: convert it to one of {names}"
         )
-    finite = torch.isfinite(weight)
-    if not finite.all():
-        bad = (~finite).nonzero()
-        first = tuple(bad[0].tolist())
-        raise NonFiniteError(
-            f"weight holds {len(bad)} non-finite value(s), the first, {weight[first].item()}, at "
-            f"index {first}: repair the checkpoint or replace them before quantising"
-        )
+
+
+def _refuse_non_finite(weight: Tensor) -> None:
+    bad = (~torch.isfinite(weight)).nonzero()
+    first = tuple(bad[0].tolist())
+    raise NonFiniteError(
+        f"weight holds {len(bad)} non-finite value(s), the first, {weight[first].item()}, at "
+        f"index {first}: repair the checkpoint or replace them before quantising"
+    )
 
 
 def check_blocksize(blocksize: int) -> None:
@@ -131,19 +142,68 @@ def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
     return torch.cat([packed >> 4, packed & 0x0F], dim=1).view(-1)[:n]
 
 
-def quantize_blockwise(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise whole blocks, float32 `[blocks, blocksize]`: the heart of `quantize_blockwise`.
+
+    A code is the number of midpoints below the scaled weight, so fifteen comparisons and a sum give
+    it; a compiler turns them into a few vector instructions, without a branch or a table.
+    """
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
+    codes = torch.zeros_like(scaled, dtype=torch.int32)
+    for midpoint in midpoints.unbind():
+        codes += scaled > midpoint
+    return pack_nibbles(codes).to(torch.uint8), absmax
+
+
+def _piece(device: torch.device, compiled: bool = False) -> int:
+    # Compiled code keeps its temporaries in registers and likes longer pieces. A GPU wants more at
+    # a time than any cache holds, since starting each call takes it as long as a million weights.
+    return 2**26 if device.type != "cpu" else 4 * PIECE if compiled else PIECE
+
+
+def _two_in_a_byte(of_code: Tensor) -> Tensor:
+    """List, for each of the 256 bytes, what its two codes stand for: `[16]` becomes `[256, 2]`."""
+    return torch.stack([of_code.repeat_interleave(16), of_code.repeat(16)], dim=1)
+
+
+@cache
+def _compile() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_quantize_blocks, dynamic=False)
+
+
+def _compiled_quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return _compile()(blocks, midpoints)
+    except RuntimeError as error:
+        raise CompilerError(
+            "compiled=True needs a C++ compiler and Python's headers (on Debian: apt-get install "
+            "g++ python3-dev); without compiled=True the result is the same, to the byte"
+        ) from error
+
+
+def quantize_blockwise(
+    weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Quantise a tensor to 4 bits, block by block.
+
+    It goes through the tensor in pieces, so whatever its size, it needs a few megabytes beside the
+    result (and a copy, if the tensor is not contiguous).
 
     Args:
         weight: any shape; float32, float16 or bfloat16.
-        levels: a codebook of chapter 1, 1-D.
+        levels: a codebook of chapter 1, 1-D, of at most 16 levels.
         blocksize: one of `BLOCKSIZES`.
+        compiled: run pieces of a million weights through `torch.compile`, which needs a C++
+            compiler and some seconds at the first call. The result is the same to the byte.
 
     Returns:
         The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
 
     Raises:
         DtypeError, NonFiniteError, BlocksizeError.
+        QuantizationError: more than 16 levels.
+        CompilerError: `compiled`, and no compiler.
 
     Source: QLoRA (arXiv 2305.14314) equation 1; equals bitsandbytes `quantize_4bit` on a CPU, to
     the byte.
@@ -155,18 +215,37 @@ def quantize_blockwise(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[
     """
     check_weight(weight)
     check_blocksize(blocksize)
-    n = weight.numel()
-    blocks = split_blocks(weight, blocksize)
-    absmax = block_absmax(weight, blocksize)
-    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
-    if n % blocksize:
+    if len(levels) > 16:
+        raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
+    flat, n = weight.detach().reshape(-1), weight.numel()
+    ascending, order = levels.to(device=weight.device, dtype=torch.float32).sort(stable=True)
+    # Sixteen levels have fifteen midpoints; above infinity there is nothing to count.
+    midpoints = F.pad((ascending[:-1] + ascending[1:]) / 2, (0, 16 - len(levels)), value=math.inf)
+    # What is counted is a rank in ascending order; FP4's codes are in another one.
+    in_order = torch.equal(order, torch.arange(len(levels), device=order.device))
+    ranked = F.pad(order.to(torch.uint8), (0, 16 - len(levels)))
+    byte_of_ranks = pack_nibbles(_two_in_a_byte(ranked)).flatten()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // blocksize), device=weight.device)
+    in_blocks, piece = n - n % blocksize, _piece(weight.device, compiled)
+    for start in range(0, in_blocks, piece):
+        stop = min(start + piece, in_blocks)
+        # Only whole pieces are compiled: the remainder would be compiled anew for every size.
+        whole = compiled and stop - start == piece
+        kernel = _compiled_quantize_blocks if whole else _quantize_blocks
+        ranks, largest = kernel(flat[start:stop].float().view(-1, blocksize), midpoints)
+        packed[start // 2 : stop // 2] = ranks if in_order else byte_of_ranks[ranks.int()]
+        absmax[start // blocksize : stop // blocksize] = largest
+    if in_blocks < n:
         # bitsandbytes multiplies whole blocks by the reciprocal but divides a shorter last one,
-        # and keeps the clamped absmax there. The two can round to different codes.
-        absmax[-1].clamp_(min=_SMALLEST_SCALE)
-        scaled[-1] = blocks[-1] / absmax[-1]
-    # Codes beyond n are dropped, but for one that completes the last byte: it stands for zero.
-    scaled = scaled.clamp(-1, 1).view(-1)[: n + n % 2]
-    return pack_nibbles(assign(scaled, levels)), absmax
+        # and keeps the clamped absmax there. The two can round to different codes. If n is odd,
+        # the code that completes the last byte stands for zero.
+        last = F.pad(flat[in_blocks:].float(), (0, n % 2))
+        absmax[-1] = last.abs().max().clamp(min=_SMALLEST_SCALE)
+        packed[in_blocks // 2 :] = pack_nibbles(assign(last / absmax[-1], levels))
+    if not absmax.isfinite().all():  # an absmax is NaN or infinite if one of its weights is
+        _refuse_non_finite(weight)
+    return packed, absmax
 
 
 def dequantize_blockwise(
@@ -191,7 +270,208 @@ def dequantize_blockwise(
     >>> dequantize_blockwise(packed, torch.tensor([2.0]), levels, 64, (2,), torch.float32)
     tensor([-2.,  2.])
     """
-    n = math.prod(shape)
-    values = levels.to(packed.device)[unpack_nibbles(packed, n).int()]
-    scaled = split_blocks(values, blocksize) * absmax.unsqueeze(1)
-    return scaled.view(-1)[:n].reshape(tuple(shape)).to(dtype)
+    n, codes = math.prod(shape), packed.view(-1)
+    pairs = _two_in_a_byte(F.pad(levels.to(packed.device), (0, 16 - len(levels))))
+    flat = torch.empty(n, dtype=dtype, device=packed.device)
+    in_blocks, piece = n - n % blocksize, _piece(packed.device)
+    for start in range(0, in_blocks, piece):
+        stop = min(start + piece, in_blocks)
+        values = F.embedding(codes[start // 2 : stop // 2].int(), pairs).view(-1, blocksize)
+        values *= absmax[start // blocksize : stop // blocksize, None]
+        flat[start:stop] = values.view(-1)
+    if in_blocks < n:
+        last = F.embedding(codes[in_blocks // 2 :].int(), pairs).view(-1)[: n - in_blocks]
+        flat[in_blocks:] = last * absmax[-1]
+    return flat.view(tuple(shape))
+
+
+def read_back(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
+    """Quantise a tensor and read it back: what a model computes with after quantisation.
+
+    Args:
+        weight: any shape; float32, float16 or bfloat16.
+        levels: a codebook of chapter 1, 1-D.
+        blocksize: one of `BLOCKSIZES`.
+
+    Returns:
+        The shape and dtype of `weight`.
+
+    >>> read_back(torch.tensor([-3.0, 0.1, 4.0]), torch.tensor([-1.0, 0.0, 1.0]), 64)
+    tensor([-4.,  0.,  4.])
+    """
+    packed, absmax = quantize_blockwise(weight, levels, blocksize)
+    return dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, weight.dtype)
+
+
+class InspectionError(QuantizationError):
+    """The weight asked for is not to be found in the tensor or the file."""
+
+
+class InspectedWeight(NamedTuple):
+    """One weight of a quantised tensor, followed from its place to its bits and back."""
+
+    position: int
+    """In the tensor laid out flat, row by row."""
+    block: int
+    """Which block; `position // blocksize`."""
+    absmax: float
+    """The constant of that block."""
+    byte: int
+    """Which byte of the packed codes; `position // 2`."""
+    value: int
+    """What the byte holds, 0 to 255."""
+    half: str
+    """Which half of it is this weight's: "high" at an even position, "low" at an odd one."""
+    code: int
+    """The nibble, 0 to 15."""
+    level: float
+    """The entry of the codebook at that code."""
+    dequantized: float
+    """level × absmax, in the dtype of the tensor."""
+    offset: int | None = None
+    """Where in the file the byte is, counted from its start; None if it is in memory."""
+
+    def error(self, weight: float) -> float:
+        """Subtract the weight before quantisation from what is read back."""
+        return self.dequantized - float(weight)
+
+    def __str__(self) -> str:
+        """Write the way from the place to the value, a line for each step."""
+        place = "" if self.offset is None else f", byte {self.offset} of the file"
+        first, second = f"{self.value >> 4:04b}", f"{self.value & 15:04b}"
+        bits = f"[{first}] {second}" if self.half == "high" else f"{first} [{second}]"
+        return (
+            f"position     {self.position}\n"
+            f"byte         {self.byte}{place}\n"
+            f"holds        0x{self.value:02X} = {bits}\n"
+            f"code         {self.code}, the {self.half} nibble\n"
+            f"level        {self.level:+.6f}\n"
+            f"block        {self.block}\n"
+            f"absmax       {self.absmax:.6g}\n"
+            f"dequantised  {self.dequantized:+.6g}"
+        )
+
+
+def inspect_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    levels: Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    index: int | Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> InspectedWeight:
+    """Follow one weight of a quantised tensor to its byte, its nibble and its block.
+
+    Args:
+        packed, absmax, levels, blocksize, shape: as for `dequantize_blockwise`.
+        index: of the weight in a tensor of that shape; negative numbers count from the end.
+        dtype: of the weights before quantisation.
+
+    Raises:
+        InspectionError: there is no such weight.
+
+    >>> packed, levels = torch.tensor([[0x0F]], dtype=torch.uint8), torch.linspace(-1, 1, 16)
+    >>> found = inspect_weight(packed, torch.tensor([3.0]), levels, 64, (1, 2), (0, 1))
+    >>> found.byte, found.half, found.code, found.dequantized
+    (0, 'low', 15, 3.0)
+    """
+    position = _flat_position(index, shape)
+    block, byte = position // blocksize, position // 2
+    if packed.numel() <= byte or absmax.numel() <= block:
+        raise InspectionError(
+            f"{packed.numel()} byte(s) and {absmax.numel()} constant(s) do not hold weight "
+            f"{position} of shape {tuple(shape)} in blocks of {blocksize}"
+        )
+    return _inspected(
+        position, blocksize, int(packed.view(-1)[byte]), absmax.view(-1)[block], levels, dtype
+    )
+
+
+def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> InspectedWeight:
+    """Follow one weight into a safetensors file that bitsandbytes wrote; read only its bytes.
+
+    The file starts with the length of its header, 8 bytes; then the header, JSON that says of each
+    tensor its dtype, its shape and where its bytes begin; then the bytes. So one seek finds the
+    byte that holds the weight, and another its block's constant.
+
+    Args:
+        path: a file with the keys of a `Linear4bit` without double quantisation.
+        name: of the quantised weight, such as `weight`.
+        index: of the weight in the tensor before quantisation.
+
+    Raises:
+        InspectionError: no such weight, no such name, or its constants are quantised too.
+
+    Source: the layout is the one of the safetensors README, "Format".
+    """
+    with Path(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+
+        def read(key: str, start: int = 0, length: int | None = None) -> bytes:
+            if key not in header:
+                raise InspectionError(f"{path} holds no tensor {key!r}")
+            begin, end = header[key]["data_offsets"]
+            if length is None:
+                length = end - begin - start
+            file.seek(8 + size + begin + start)
+            return file.read(length)
+
+        keys = [key for key in header if key.startswith(f"{name}.quant_state.bitsandbytes__")]
+        if len(keys) != 1 or f"{name}.nested_absmax" in header:
+            raise InspectionError(
+                f"{name!r} of {path} is not a 4-bit weight with plain float32 constants"
+                + (": it is double-quantised, see chapter 3" if keys else "")
+            )
+        facts = json.loads(read(keys[0]))
+        position = _flat_position(index, facts["shape"])
+        value = read(name, position // 2, 1)[0]
+        constant = read(f"{name}.absmax", 4 * (position // facts["blocksize"]), 4)
+        table = read(f"{name}.quant_map")
+    found = _inspected(
+        position,
+        facts["blocksize"],
+        value,
+        torch.frombuffer(bytearray(constant), dtype=torch.float32)[0],
+        torch.frombuffer(bytearray(table), dtype=torch.float32),
+        getattr(torch, facts["dtype"]),
+    )
+    return found._replace(offset=8 + size + header[name]["data_offsets"][0] + found.byte)
+
+
+def _flat_position(index: int | Sequence[int], shape: Sequence[int]) -> int:
+    indices = (index,) if isinstance(index, int) else tuple(index)
+    if len(indices) != len(shape) or any(
+        not -n <= i < n for i, n in zip(indices, shape, strict=True)
+    ):
+        raise InspectionError(f"no weight at index {indices} of a tensor of shape {tuple(shape)}")
+    position = 0
+    for i, n in zip(indices, shape, strict=True):
+        position = position * n + i % n
+    return position
+
+
+def _inspected(
+    position: int,
+    blocksize: int,
+    value: int,
+    constant: Tensor,
+    levels: Tensor,
+    dtype: torch.dtype,
+) -> InspectedWeight:
+    half = "low" if position % 2 else "high"
+    code = value & 15 if position % 2 else value >> 4
+    if code >= levels.numel():
+        raise InspectionError(f"code {code} is beyond the {levels.numel()} levels of the table")
+    return InspectedWeight(
+        position=position,
+        block=position // blocksize,
+        absmax=constant.item(),
+        byte=position // 2,
+        value=value,
+        half=half,
+        code=code,
+        level=levels[code].item(),
+        dequantized=(levels[code] * constant).to(dtype).item(),
+    )

@@ -352,3 +352,26 @@ def entropy_bits(usage: Tensor) -> float:
     1.5
     """
     return torch.special.entr(usage.double()).sum().item() / math.log(2)
+
+
+def affine_int4(weights: Tensor, blocksize: int) -> Tensor:
+    """Round each block to 16 even steps from its smallest to its largest weight, and read back.
+
+    The rival of one constant a block: two constants, the smallest weight and the step, kept in 16
+    bits each, so that a block costs the same 32 bits. The range fits a block that is not symmetric.
+    A block whose weights are all equal has a step of 0 and comes back as NaN.
+
+    Args:
+        weights: any shape, floating; a multiple of `blocksize` numbers.
+        blocksize: weights that share two constants.
+
+    Returns:
+        The rounded weights, in the shape of `weights`.
+
+    >>> affine_int4(torch.tensor([-1.0, 0.1, 0.72, 2.75]), 4)
+    tensor([-1.0000,  0.0000,  0.7500,  2.7500])
+    """
+    blocks = weights.reshape(-1, blocksize)
+    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    low, step = low.half().float(), ((high - low) / 15).half().float()
+    return (((blocks - low) / step).round().clamp(0, 15) * step + low).reshape(weights.shape)

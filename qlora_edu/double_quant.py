@@ -9,6 +9,7 @@ chapters together, and `QuantizedTensor` is what it returns.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -94,23 +95,27 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
     blocks = split_blocks(centred, NESTED_BLOCKSIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / nested_absmax).unsqueeze(1)
-    codes = _assign_8bit(scaled, dynamic_map()).view(-1)[: centred.numel()]
+    codes = _assign_8bit(scaled).view(-1)[: centred.numel()]
     return QuantizedAbsmax(codes, nested_absmax, offset, dynamic_map().to(absmax.device))
 
 
-def _assign_8bit(scaled: Tensor, levels: Tensor) -> Tensor:
-    """Find the nearest of 256 levels as bitsandbytes does on a CPU: through a table.
+def _assign_8bit(scaled: Tensor) -> Tensor:
+    """Find the nearest level of `dynamic_map` as bitsandbytes does on a CPU: through a table.
 
     It first rounds to a grid of 65,536 points on [-1, 1] and looks the code of that point up, so
     near a midpoint the code may be a neighbour's, and 0 itself falls beside the grid. A block whose
     differences are all 0 divides 0 by 0, and gets code 0 times a constant of 0.
     """
-    steps = torch.arange(_GRID_STEPS + 1, dtype=torch.float32, device=levels.device)
-    grid = -1.0 + 2.0 * steps / _GRID_STEPS
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    table = torch.bucketize(grid, midpoints, out_int32=True).to(torch.uint8).to(scaled.device)
     points = (scaled.clamp(-1, 1).nan_to_num(nan=-1.0) + 1) * 0.5 * _GRID_STEPS + 0.5
-    return table[points.int()]
+    return _codes_of_grid().to(scaled.device)[points.int()]
+
+
+@cache
+def _codes_of_grid() -> Tensor:
+    levels = dynamic_map()
+    grid = -1.0 + 2.0 * torch.arange(_GRID_STEPS + 1, dtype=torch.float32) / _GRID_STEPS
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    return torch.bucketize(grid, midpoints, out_int32=True).to(torch.uint8)
 
 
 def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
@@ -356,6 +361,7 @@ def quantize(
     levels: str | Tensor = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
+    compiled: bool = False,
 ) -> QuantizedTensor:
     """Quantise a tensor to 4 bits a weight.
 
@@ -364,6 +370,7 @@ def quantize(
         levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
         blocksize: weights that share one absmax; one of `BLOCKSIZES`.
         double_quant: whether to write the absmax in 8 bits.
+        compiled: as for `quantize_blockwise`: many times faster, after some seconds of compiling.
 
     Raises:
         QuantizationError: in one of its kinds, named after what is wrong.
@@ -376,7 +383,7 @@ def quantize(
     """
     check_blocksize(blocksize)
     table = get_levels(levels, blocksize)
-    packed, absmax = quantize_blockwise(weight, table, blocksize)
+    packed, absmax = quantize_blockwise(weight, table, blocksize, compiled)
     return QuantizedTensor(
         packed=packed,
         constants=quantize_absmax(absmax) if double_quant else absmax,

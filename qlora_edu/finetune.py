@@ -162,6 +162,7 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> FinetuneResult:
         model, tokenizer = load_base(config)
         held_out = read_conversations(locate(config.held_out_data), "test")[: config.held_out_rows]
         encoded = encode_conversations(tokenizer, held_out, config.max_length)
+        _warn_of_long_answers(encoded[: config.answer_rows], config.max_new_tokens)
         train_data = read_conversations(locate(config.train_data), "train")
         rows = encode_conversations(tokenizer, train_data, config.max_length)
         trainer = make_trainer(config, model, tokenizer, rows, part)
@@ -191,6 +192,16 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> FinetuneResult:
     print(f"run folder {folder}; the training time leaves out loading and both measurements")
     print(result.closing_line())
     return result
+
+
+def _warn_of_long_answers(rows: Sequence[dict[str, list[int]]], max_new_tokens: int) -> None:
+    """Say how many answers cannot be matched, since generation stops before their end."""
+    long = sum(sum(label != -100 for label in row["labels"]) > max_new_tokens for row in rows)
+    if long:
+        print(
+            f"warning: {long} held-out answer{'s have' if long > 1 else ' has'} more than "
+            f"max_new_tokens={max_new_tokens} tokens, so generation stops before their end"
+        )
 
 
 def make_trainer(

@@ -1,5 +1,12 @@
 """Chapter 2: packed bytes and absmax equal bitsandbytes, values equal the definition."""
 
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -290,3 +297,76 @@ def test_defect_of_bitsandbytes_an_evaluation_cuts_later_gradients():
 
     assert gradient_after_evaluation(guarded=False) is None
     assert gradient_after_evaluation(guarded=True) is not None
+
+
+# Speed and memory
+
+
+# torch.compile wants a C++ compiler and the header that modules for Python are compiled with.
+CAN_COMPILE = (shutil.which("g++") or shutil.which("clang++")) and (
+    Path(sysconfig.get_path("include")) / "Python.h"
+).exists()
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="no C++ compiler, or no Python.h")
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
+def test_compiled_code_gives_the_same_bytes(name):
+    # Two whole pieces, which are compiled, some blocks that are not, and a short last one.
+    weight = torch.randn(8 * bw.PIECE + 5 * 64 + 7).to(torch.bfloat16)
+    levels = get_levels(name)
+    for blocksize in (64, 4096):
+        plain = bw.quantize_blockwise(weight, levels, blocksize)
+        compiled = bw.quantize_blockwise(weight, levels, blocksize, compiled=True)
+        assert torch.equal(plain[0], compiled[0]) and torch.equal(plain[1], compiled[1])
+
+
+def test_without_a_compiler_the_way_out_is_named(tmp_path):
+    script = """
+import torch
+from qlora_edu import blockwise, quantize
+
+try:
+    quantize(torch.randn(4 * blockwise.PIECE), compiled=True)
+except blockwise.CompilerError as error:
+    print(error)
+"""
+    # A compiler that always fails, and no cache of what another one has compiled before.
+    broken = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=broken)
+    assert "apt-get install g++" in run.stdout and "the result is the same" in run.stdout
+
+
+def test_pieces_meet_without_a_seam():
+    weight = torch.randn(2 * bw.PIECE + 64)
+    levels = get_levels("nf4")
+    whole, _ = bw.quantize_blockwise(weight, levels, 64)
+    parts = [bw.quantize_blockwise(part, levels, 64)[0] for part in weight.split(bw.PIECE // 4)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(
+        bw.read_back(weight, levels, 64),
+        torch.cat([bw.read_back(part, levels, 64) for part in weight.split(64 * 1000)]),
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in KiB on Linux alone")
+def test_a_large_tensor_needs_little_memory_beside_it():
+    script = """
+import resource, torch
+from qlora_edu import quantize
+
+weight = torch.ones(2**28)
+quantize(weight[:2**20])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantized = quantize(weight)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((1024 * (after - before) - quantized.nbytes) / weight.nbytes)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # Half of it is what was promised. A fifth leaves room for the double quantisation of its
+    # constants, and shows a temporary of even one byte a weight.
+    assert float(run.stdout) < 0.2
+
+
+def test_more_levels_than_a_nibble_can_name_are_refused():
+    with pytest.raises(QuantizationError, match="4 bits, too few for 17"):
+        bw.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 17), 64)

@@ -18,12 +18,12 @@ from qlora_edu.course import doctor, set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 RANGES = {
     requirement.name: requirement.specifier
-    for requirement in map(
-        Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-    )
+    for requirement in map(Requirement, PROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["bench"])
 }
+ONLY_BENCH = {Requirement(line).name for line in EXTRAS["bench"]}
 CONSTRAINTS = [
     Requirement(line)
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -69,18 +69,21 @@ def test_the_tested_version_is_inside_the_range(name):
 
 
 def test_conda_installs_the_same_packages_at_the_tested_versions():
-    assert conda_pins() == {name: PINS[canonicalize_name(name)] for name in RANGES}
+    assert conda_pins() == {
+        name: PINS[canonicalize_name(name)] for name in RANGES.keys() - ONLY_BENCH
+    }
 
 
 def test_each_dependency_says_who_needs_it_in_the_same_words():
     assert PYPROJECT_COMMENTS.keys() == RANGES.keys()
-    assert CONDA_COMMENTS == PYPROJECT_COMMENTS
+    conda = PYPROJECT_COMMENTS.keys() - ONLY_BENCH
+    assert {name: PYPROJECT_COMMENTS[name] for name in conda} == CONDA_COMMENTS
     for name, comment in PYPROJECT_COMMENTS.items():
         assert re.match(r"(chapters? \d|make )", comment), f"{name}: which chapter needs it?"
 
 
 def test_what_the_packages_need_in_their_turn_is_pinned_too():
-    queue, needed = [*RANGES], set()
+    queue, needed = [*RANGES.keys() - ONLY_BENCH], set()
     while queue:
         name = canonicalize_name(queue.pop())
         if name in needed:

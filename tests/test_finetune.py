@@ -241,6 +241,15 @@ def test_the_embedded_preset_teaches_the_base_its_tasks(tmp_path):
     assert result.after.exact_match >= 0.85
 
 
+def test_answers_longer_than_what_is_generated_are_counted(config, tmp_path, capsys):
+    other = str(tmp_path / "other")
+    run_finetune(config.replace(max_steps=1, answer_rows=0), progress=False)
+    assert "warning" not in capsys.readouterr().out
+    run_finetune(config.replace(max_steps=1, max_new_tokens=1, output_dir=other), progress=False)
+    warning = "warning: 6 held-out answers have more than max_new_tokens=1 tokens"
+    assert warning in capsys.readouterr().out
+
+
 def test_no_step_is_taken_before_the_gradient_check(config, tmp_path, monkeypatch):
     seen = {}
 

@@ -1,6 +1,8 @@
 """Stored results say how they were made, and what the README repeats of them is what they hold."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,30 @@ def test_what_the_project_promises_of_the_embedded_base_was_measured():
     assert qlora["held_out_rows"] == 300
     assert qlora["exact_match_before"] < 0.10 and qlora["exact_match_after"] >= 0.85
     assert qlora["training_seconds"] <= 180
+
+
+def test_the_quantiser_is_as_fast_as_promised_and_the_readme_says_how_fast():
+    report = json.loads((ROOT / "data" / "results" / "bench.json").read_text())
+    rows = [row for row in report["rows"] if row["peer"] == "bitsandbytes"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["peer_s"] / row["ours_s"])
+    ratios = {
+        kind: [row["ratio"] for row in rows if re.match(pattern, row["name"])]
+        for kind, pattern in (
+            ("eager", r"quantize .*\dx\d+ \w+$"),
+            ("compiled", r"quantize .* compiled$"),
+            ("back", r"dequantize "),
+        )
+    }
+    assert len(ratios["eager"]) == len(ratios["compiled"]) == len(ratios["back"]) >= 8
+    assert min(ratios["eager"]) >= 1.5 and min(ratios["compiled"]) >= 10
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"at least {floor(min(ratios['eager']))} times as fast" in readme
+    assert f"compiled at least {floor(min(ratios['compiled']))} times" in readme
+    slowest, fastest = min(ratios["back"]), max(ratios["back"])
+    assert f"`dequantize` has {slowest:.1f} to {fastest:.1f} of its speed" in readme
+
+
+def floor(ratio: float) -> float:
+    """A ratio to one decimal, never rounded up."""
+    return math.floor(10 * ratio) / 10

@@ -13,7 +13,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from torch import Tensor
 
+from qlora_edu.blockwise import block_absmax, pack_nibbles, split_blocks
+from qlora_edu.codebooks import assign
 from qlora_edu.course.plots import PALETTE, figure_png, use_style
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -436,6 +439,77 @@ def draw_trained_tokens(
         for face, edge, style in kinds.values()
     ]
     figure.legend(patches, list(kinds), loc="outside lower center", ncols=3, fontsize=10)
+    return figure
+
+
+def draw_blocks_and_bytes(weight: Tensor, levels: Tensor, blocksize: int) -> Figure:
+    """A small matrix on its way to bytes: laid flat, cut into blocks, scaled, coded, packed.
+
+    Args:
+        weight: `[rows, columns]`, at most sixteen numbers in all, an even number of them.
+        levels: a codebook of chapter 1.
+        blocksize: weights a block; any number, for the drawing.
+
+    >>> import torch
+    >>> weight = torch.tensor([[-2.0, 2.0], [0.0, 1.0]])
+    >>> figure = draw_blocks_and_bytes(weight, torch.linspace(-1, 1, 16), 2)
+    >>> [text.get_text() for text in figure.axes[0].texts if "0x" in text.get_text()]
+    ['0x0F', '0x7F']
+    >>> plt.close(figure)
+    """
+    rows, columns = weight.shape
+    n = weight.numel()
+    blocks = split_blocks(weight, blocksize)
+    absmax = block_absmax(weight, blocksize)
+    scaled = (blocks / absmax[:, None]).view(-1)[:n]
+    codes = assign(scaled, levels)
+    grey, blue, pink = PALETTE["base"], PALETTE["quantized"], PALETTE["highlight"]
+    largest = int(weight.flatten().abs().argmax())
+
+    figure, ax = plt.subplots(figsize=(10, 5.4))
+    ax.set(xlim=(-1.9, n + 0.1), ylim=(-7.9, rows + 0.2))
+    ax.axis("off")
+
+    def cell(x: float, y: float, text: str, face: str, color: str, width: float = 1.0) -> None:
+        ax.add_patch(Rectangle((x, y), width, 0.8, facecolor=face, edgecolor="white", lw=1.5))
+        style = {"color": color, "fontsize": 9, "weight": "bold" if color == pink else "normal"}
+        ax.text(x + width / 2, y + 0.39, text, ha="center", va="center", **style)
+
+    def name(y: float, text: str, color: str) -> None:
+        ax.text(-0.2, y + 0.39, text, ha="right", va="center", fontsize=10, color=color)
+
+    # The matrix stands in the middle, so that the eye goes down from it.
+    left = (n - columns) / 2
+    for i in range(n):
+        row, column = divmod(i, columns)
+        ink = pink if i == largest else PALETTE["ink"]
+        number = f"{weight.flatten()[i]:+.3f}"
+        cell(left + column, rows - 0.9 - row, number, PALE_GREY, ink)
+        cell(i, -1.6, number, PALE_GREY, ink)
+        cell(i, -4.2, f"{scaled[i]:+.2f}", PALE_BLUE, ink)
+        cell(i, -5.5, str(int(codes[i])), blue, "white")
+    name(rows - 0.9 - (rows - 1) / 2, "W", grey)
+    name(-1.6, "laid flat", grey)
+    for block, largest_here in enumerate(absmax.tolist()):
+        start, end = block * blocksize, min((block + 1) * blocksize, n)
+        ax.add_patch(
+            Rectangle((start, -2.62), end - start - 0.08, 0.62, facecolor="none", edgecolor=blue)
+        )
+        text = f"block {block}: c = {largest_here:.3f}"
+        ax.text((start + end) / 2, -2.31, text, ha="center", va="center", fontsize=9.5, color=blue)
+        if block:
+            ax.plot([start - 0.04] * 2, [-5.6, -0.6], color=blue, linewidth=1.4, linestyle="--")
+    name(-2.7, "absmax", blue)
+    name(-4.2, "w / c", blue)
+    name(-5.5, "codes", blue)
+    for i, value in enumerate(pack_nibbles(codes).flatten().tolist()):
+        cell(2 * i, -6.9, f"0x{value:02X}", blue, "white", width=2.0)
+    name(-6.9, "bytes", blue)
+    ax.text(
+        0, -7.6, f"{n} weights: {n // 2} bytes of codes, {4 * len(absmax)} bytes of constants",
+        color=blue, fontsize=10, va="center",
+    )  # fmt: skip
+    ax.set_title("From a matrix to bytes: blocks run on from row to row, two codes share a byte")
     return figure
 
 

@@ -65,7 +65,7 @@ def my_config() -> FinetuneConfig:
     >>> my_config().r
     2
     """
-    return FinetuneConfig.from_preset("embedded", max_steps=60, answer_rows=60, r=2)
+    return FinetuneConfig.from_preset("embedded", max_steps=200, answer_rows=60, r=2)
 
 
 ex_9_1 = Check(
@@ -322,7 +322,7 @@ ex_9_5 = OpenCheck(
         ),
         Mistake(
             "nothing changed",
-            lambda: _preset(max_steps=60),
+            lambda: _preset(max_steps=200),
             "nothing is changed that could teach you anything; change one setting",
             lambda case, config, _: not _changed(config),
         ),

@@ -12,16 +12,31 @@ from qlora_edu.course.widgets.chapter_01 import (
     render_nf4_bins,
     scaled_weights,
 )
+from qlora_edu.course.widgets.chapter_02 import outlier_explorer, render_outlier_map
+from qlora_edu.course.widgets.chapter_03 import (
+    FLOAT32,
+    bits_with_constants,
+    constants_explorer,
+    nf4_rms_error,
+    render_constants,
+)
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
 
 __all__ = [
     "DRAWS",
+    "FLOAT32",
     "OFFSETS",
     "Explorer",
+    "bits_with_constants",
+    "constants_explorer",
     "memory_explorer",
     "nf4_explorer",
+    "nf4_rms_error",
+    "outlier_explorer",
+    "render_constants",
     "render_nf4_bins",
+    "render_outlier_map",
     "render_trained_tokens",
     "render_training_memory",
     "scaled_weights",
