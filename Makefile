@@ -57,11 +57,13 @@ course: $(READY)  ## run all notebooks, HTML under build/course
 finetune: $(READY)  ## fine-tune the embedded model: answers before and after
 	$(PY) -m qlora_edu finetune --preset embedded $(ARGS)
 
-bench: $(VENV)/.bench  ## time the quantiser beside bitsandbytes and torchao
-	$(PY) benchmarks/quantiser.py $(ARGS)
+bench: $(VENV)/bench  ## time the quantiser beside bitsandbytes and torchao
+	PYTHONPATH=$(VENV)/bench $(PY) benchmarks/quantiser.py $(ARGS)
 
-$(VENV)/.bench: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+# Apart from the course's own packages: transformers and PEFT load torchao wherever they find it.
+$(VENV)/bench: $(READY) pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $@ \
+	    -c constraints.txt torchao
 	@touch $@
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs

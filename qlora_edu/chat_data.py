@@ -85,7 +85,7 @@ def read_conversations(source: str | Path, split: str = "train") -> list[Convers
             conversations.append(Conversation(messages, where))
         else:
             empty.append(where)
-    _warn(empty, "left out, because an answer in them is empty")
+    _warn(empty, "left out, because of an empty answer")
     _warn(unanswered, "cut after their last answer, because nobody answers the turns that follow")
     if not conversations:
         raise DataError(f"{source} holds no conversation to learn from; look at the file")

@@ -230,3 +230,57 @@ def _save_the_unmerged_weight(
     # Otherwise a file saved while merged would, on loading, apply the adapter twice.
     if layer.merged:
         state_dict[prefix + "base.weight"] = layer.unmerged_weight
+
+
+class HoulsbyAdapter(nn.Module):
+    """The older rival of LoRA: a small network *behind* a frozen layer, ``h + U · gelu(D · h)``.
+
+    ``h`` is the output of ``base``; ``down`` (``D``, ``[bottleneck, out]``) and ``up`` (``U``,
+    ``[out, bottleneck]``), both with a bias, are trained. ``U`` and its bias start at zero, so the
+    layer begins as its base (Houlsby starts near zero: a normal of standard deviation 0.01). In a
+    transformer it stands behind each block's attention and behind its feed-forward part. Between
+    ``D`` and ``U`` lies a bend, so it cannot be merged into ``base``: it costs time at every use.
+
+    Args:
+        base: a module whose output is ``[..., out_features]``; it is frozen.
+        out_features: the width of that output; by default ``base.out_features``.
+        bottleneck: the inner width, ``m`` in the paper; ``2·m·out + m + out`` parameters.
+
+    Raises:
+        LoRAError: for a bottleneck below 1, or a base whose width is not known.
+
+    Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
+
+    >>> base = nn.Linear(4, 6)
+    >>> adapter = HoulsbyAdapter(base, bottleneck=2)
+    >>> x = torch.ones(5, 4)
+    >>> torch.equal(adapter(x), base(x))
+    True
+    >>> sum(p.numel() for p in adapter.parameters() if p.requires_grad)  # 2·2·6 + 2 + 6
+    32
+    """
+
+    def __init__(self, base: nn.Module, bottleneck: int, out_features: int | None = None) -> None:
+        super().__init__()
+        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+            raise LoRAError(
+                f"the bottleneck must be a whole number of at least 1, not {bottleneck!r}"
+            )
+        width = out_features if out_features is not None else getattr(base, "out_features", None)
+        if width is None:
+            raise LoRAError(
+                f"{type(base).__name__} does not say how wide its output is; pass out_features"
+            )
+        self.base = base.requires_grad_(False)
+        like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+        kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        self.down = nn.Linear(width, bottleneck, **kind)
+        self.up = nn.Linear(bottleneck, width, **kind)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``h + U · gelu(D · h)`` for ``h = base(x)``, in the dtype of ``h``."""
+        h = self.base(x)
+        change = self.up(F.gelu(self.down(h.to(self.down.weight.dtype))))
+        return (h + change).to(h.dtype)

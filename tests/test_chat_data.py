@@ -109,9 +109,7 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     assert [row[-1]["content"] for row in read_conversations(path)] == ["Ida", "Otto"]
     said = capsys.readouterr().out
-    assert (
-        f"warning: 2 rows left out, because an answer in them is empty: {path}:2, {path}:4" in said
-    )
+    assert f"warning: 2 rows left out, because of an empty answer: {path}:2, {path}:4" in said
     write_jsonl(path, rows[1:2])
     with pytest.raises(DataError, match="holds no conversation"):
         read_conversations(path)

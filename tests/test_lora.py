@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_edu.lora import LoRAError, LoRALinear
+from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALinear
 
 IN, OUT, RANK, ALPHA = 24, 16, 4, 6  # α/r = 1.5: neither 1, nor α, nor r
 
@@ -322,3 +322,64 @@ def test_an_input_of_the_wrong_width_is_refused(x):
 def test_an_integer_input_is_refused():
     with pytest.raises(LoRAError, match="int64"):
         make_layer()(torch.ones(3, IN, dtype=torch.int64))
+
+
+# Houlsby's adapter, the rival
+
+
+def trained_houlsby(dtype=torch.float32) -> HoulsbyAdapter:
+    torch.manual_seed(1)
+    adapter = HoulsbyAdapter(nn.Linear(6, 5).to(dtype), bottleneck=3)
+    nn.init.normal_(adapter.up.weight)
+    nn.init.normal_(adapter.up.bias)
+    return adapter
+
+
+def test_houlsby_is_its_formula():
+    adapter, x = trained_houlsby(), torch.randn(2, 7, 6)
+    h = x @ adapter.base.weight.T + adapter.base.bias
+    inner = torch.nn.functional.gelu(h @ adapter.down.weight.T + adapter.down.bias)
+    expected = h + inner @ adapter.up.weight.T + adapter.up.bias
+    # Three products in float32, summed in another order.
+    torch.testing.assert_close(adapter(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_houlsby_trains_its_two_matrices_and_not_the_base():
+    adapter = trained_houlsby()
+    adapter(torch.randn(3, 6)).square().sum().backward()
+    trained = {name for name, p in adapter.named_parameters() if p.requires_grad}
+    assert trained == {"down.weight", "down.bias", "up.weight", "up.bias"}
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters() if p.requires_grad)
+    assert adapter.base.weight.grad is None
+    # A frozen base still passes gradients on.
+    x = torch.randn(3, 6, requires_grad=True)
+    adapter(x).sum().backward()
+    assert x.grad.any()
+
+
+def test_houlsby_cannot_be_folded_into_one_matrix():
+    adapter = trained_houlsby()
+    x = torch.randn(4, 6)
+    zero = adapter(torch.zeros(1, 6))
+    # A linear map (less its constant) would give twice as much for twice the input.
+    assert not torch.allclose(adapter(2 * x) - zero, 2 * (adapter(x) - zero), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_houlsby_keeps_the_dtype_of_its_base(dtype):
+    adapter = trained_houlsby(dtype)
+    assert adapter(torch.randn(2, 6, dtype=dtype)).dtype == dtype
+    assert adapter.down.weight.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("bottleneck", [0, -1, True, 2.0, None])
+def test_a_bad_bottleneck_is_refused(bottleneck):
+    with pytest.raises(LoRAError, match="bottleneck must be a whole number"):
+        HoulsbyAdapter(nn.Linear(4, 4), bottleneck)
+
+
+def test_a_base_of_unknown_width_is_refused_or_told():
+    base = nn.Sequential(nn.Linear(4, 8))
+    with pytest.raises(LoRAError, match="pass out_features"):
+        HoulsbyAdapter(base, 2)
+    assert HoulsbyAdapter(base, 2, out_features=8)(torch.ones(3, 4)).shape == (3, 8)
