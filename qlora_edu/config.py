@@ -59,7 +59,9 @@ class FinetuneConfig:
     levels: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "bfloat16"
-    # The adapter, on every linear layer but the output head.
+    # The adapter: on every linear layer but the output head, or on the layers of these names,
+    # such as "q_proj,v_proj".
+    target_modules: str = "all-linear"
     r: int = 64
     alpha: float = 16.0
     dropout: float = 0.1
@@ -100,6 +102,10 @@ class FinetuneConfig:
             "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
             "beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
             "held_out_rows": (lambda v: v >= 1, "at least 1"),
+            "target_modules": (
+                lambda v: all(name.strip() for name in v.split(",")),
+                "'all-linear' or names of layers with commas between them",
+            ),
             "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
             **{name: (lambda v, c=c: v in c, f"one of {c}") for name, c in CHOICES.items()},
         }

@@ -54,12 +54,15 @@ def adapter_config(config: FinetuneConfig) -> Any:
 
     if config.method == "full":
         return None
+    targets = config.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules="all-linear",
+        target_modules=targets
+        if targets == "all-linear"
+        else [name.strip() for name in targets.split(",")],
         init_lora_weights=True,
         use_rslora=False,
         bias="none",

@@ -89,6 +89,8 @@ def test_guanaco_presets_are_the_papers():
         ({"double_quant": "yes"}, "double_quant must be of type bool"),
         ({"model": None}, "model must be of type str"),
         ({"answer_rows": 301}, "answer_rows must be in 0"),
+        ({"target_modules": "q_proj,,v_proj"}, "target_modules must be 'all-linear' or names"),
+        ({"target_modules": ""}, "target_modules must be 'all-linear' or names"),
         ({"lerning_rate": 1.0}, "no setting 'lerning_rate'; did you mean 'learning_rate'"),
     ],
 )
@@ -132,6 +134,18 @@ def test_every_quantisation_field_is_said(config):
     assert settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_use_double_quant
     assert settings.bnb_4bit_compute_dtype == torch.float32
     assert quantization_config(config.replace(method="lora")) is None
+
+
+def test_the_adapter_goes_where_the_config_says(config, tmp_path):
+    everywhere, _ = make(config, tmp_path)
+    some, _ = make(config.replace(target_modules="q_proj, v_proj"), tmp_path)
+    adapted = [
+        {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+        for model in (everywhere, some)
+    ]
+    assert adapted[1] == {"q_proj", "v_proj"} < adapted[0] and len(adapted[0]) == 7
+    with pytest.raises(ValueError, match="query"):
+        make(config.replace(target_modules="query"), tmp_path)
 
 
 # A whole run
