@@ -182,6 +182,7 @@ def _compiled_quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor
         ) from error
 
 
+@torch.no_grad()  # of grad mode, too, the compiler would make one version each
 def quantize_blockwise(
     weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
