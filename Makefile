@@ -57,8 +57,8 @@ course: $(READY)  ## run all notebooks, HTML under build/course
 finetune: $(READY)  ## fine-tune the embedded model: answers before and after
 	$(PY) -m qlora_edu finetune --preset embedded $(ARGS)
 
-bench: $(VENV)/bench  ## time the quantiser beside bitsandbytes and torchao
-	PYTHONPATH=$(VENV)/bench $(PY) benchmarks/quantiser.py $(ARGS)
+bench: $(VENV)/bench  ## time the quantiser and a QLoRA step beside their peers
+	PYTHONPATH=$(VENV)/bench $(PY) benchmarks/bench.py $(ARGS)
 
 # Apart from the course's own packages: transformers and PEFT load torchao wherever they find it.
 $(VENV)/bench: $(READY) pyproject.toml constraints.txt

@@ -1,22 +1,18 @@
 """Time `quantize` and `dequantize` beside bitsandbytes and torchao.
 
-    make bench                        # or: python benchmarks/quantiser.py, some two minutes
-
 Ours and the peer's take turns in one process, so that whatever slows the machine slows both; what
 is kept is the median of each, and the ratio peer / ours, which says how many times faster ours is.
 Before anything is timed, what both compute is compared: with bitsandbytes every byte, with torchao,
 whose constants are made in another way, that nearly all codes agree. `compiled` is our kernel
-through torch.compile. Rows are stored as data/results/bench.json.
+through torch.compile.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from stored import stamp, store
 
 from qlora_edu import quantize
 from qlora_edu.blockwise import CompilerError
@@ -108,9 +104,8 @@ def beside_torchao() -> list[dict]:
     ]
 
 
-def main() -> None:
-    """Measure, print, store."""
-    argparse.ArgumentParser(description="Time the quantiser beside its peers.").parse_args()
+def measure() -> list[dict]:
+    """All rows."""
     torch.manual_seed(0)
     rows = []
     for shape in ((1024, 1024), BIG, (11008, 4096)):
@@ -121,9 +116,4 @@ def main() -> None:
         rows += beside_bitsandbytes(BIG, "float32", "nf4", blocksize, dq=False)
     rows += beside_bitsandbytes(BIG, "float32", "fp4", 64, dq=False)
     rows += beside_bitsandbytes(BIG, "float32", "nf4", 64, dq=True)
-    rows += beside_torchao()
-    store({**stamp(["bitsandbytes", "torchao"]), "rows": rows}, "bench")
-
-
-if __name__ == "__main__":
-    main()
+    return rows + beside_torchao()

@@ -7,7 +7,8 @@ chapters together, and `QuantizedTensor` is what it returns.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,9 @@ from qlora_edu.blockwise import (
     BLOCKSIZES,
     DTYPES,
     check_blocksize,
+    decode,
     dequantize_blockwise,
+    piece_size,
     quantize_blockwise,
     split_blocks,
     unpack_nibbles,
@@ -195,6 +198,35 @@ class QuantizedTensor:
         return dequantize_blockwise(
             self.packed, self.absmax, self.levels, self.blocksize, self.shape, dtype or self.dtype
         )
+
+    def row_pieces(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Rebuild a matrix a few rows at a time, so that the whole of it never takes up memory.
+
+        Yields:
+            Which rows, and those rows of `dequantize(dtype)`; the next piece overwrites them. A
+            piece is whole blocks, of some 2^20 weights on a CPU and 2^26 on a GPU.
+
+        >>> quantized = quantize(torch.ones(1000, 2048), double_quant=False)
+        >>> [(rows.start, tuple(piece.shape)) for rows, piece in quantized.row_pieces()]
+        [(0, (512, 2048)), (512, (488, 2048))]
+        """
+        n_rows, width = self.shape
+        absmax, whole_blocks = self.absmax, self.blocksize // math.gcd(width, self.blocksize)
+        step = piece_size(self.device, pieces=4) // max(width, 1) // whole_blocks * whole_blocks
+        step = max(step, whole_blocks)
+        buffer = torch.empty(0, dtype=torch.int64, device=self.device)
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            first, last = start * width, stop * width
+            piece = decode(
+                self.packed[first // 2 : (last + 1) // 2],
+                absmax[first // self.blocksize : -(-last // self.blocksize)],
+                self.levels,
+                self.blocksize,
+                buffer.resize_((last + 1) // 2 - first // 2),
+            )
+            piece = piece[: last - first].view(stop - start, width)
+            yield slice(start, stop), piece.to(dtype or self.dtype)
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to a device."""

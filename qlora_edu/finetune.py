@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qlora_edu.adapters import whole_or_absent
 from qlora_edu.chat_data import (
     Conversation,
     DataError,
@@ -34,7 +35,6 @@ from qlora_edu.run_folder import (
     Measured,
     RunExistsError,
     free_folder,
-    whole_or_absent,
     write_run,
 )
 from qlora_edu.training import (

@@ -8,14 +8,14 @@ no gradient: what is learned are the ``A`` and ``B`` of chapter 4, in float32.
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), equations 5 and 6.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_edu.adapters import find_linear_layers, replace_module
 from qlora_edu.double_quant import QuantizedAbsmax, QuantizedTensor, quantize
 from qlora_edu.lora import LoRAError, LoRALayer
 
@@ -54,17 +54,26 @@ class _ProductWithPackedWeight(torch.autograd.Function):
             tensors, ctx.facts = take_apart(quantized)
             ctx.names = list(tensors)
             ctx.save_for_backward(*tensors.values())
-        return F.linear(x, quantized.dequantize(x.dtype), bias)
+        y = x.new_empty(len(x), quantized.shape[0])
+        for rows, piece in quantized.row_pieces(x.dtype):
+            if bias is None:
+                torch.mm(x, piece.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, piece.T, out=y[:, rows])
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            weight = put_together(tensors, ctx.facts).dequantize(grad_output.dtype)
-            grad_x = grad_output @ weight
+            for rows, piece in put_together(tensors, ctx.facts).row_pieces(grad_y.dtype):
+                if grad_x is None:
+                    grad_x = grad_y[:, rows] @ piece
+                else:
+                    grad_x.addmm_(grad_y[:, rows], piece)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+            grad_bias = grad_y.sum(0)
         return grad_x, grad_bias, None
 
 
@@ -93,7 +102,12 @@ def quantized_linear(
     >>> x.grad
     tensor([[-1.,  0.,  1.]])
     """
+    if x.dim() != 2:
+        y = quantized_linear(x.reshape(-1, x.shape[-1]), quantized, bias, compute_dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
     dtype = x.dtype if compute_dtype is None else compute_dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     bias = None if bias is None else bias.to(dtype)
     return _ProductWithPackedWeight.apply(x.to(dtype), bias, quantized).to(x.dtype)
 
@@ -188,8 +202,9 @@ class QLoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """``x · Wᵀ + bias + (α/r) · B · A · dropout(x)``, with ``W`` unpacked for the moment."""
         self.check_input(x)
-        result = quantized_linear(x, self.weight, self.bias, self.compute_dtype)
-        return result + self.low_rank_update(x).to(result.dtype)
+        rows = x.reshape(-1, self.in_features)
+        y = quantized_linear(rows, self.weight, self.bias, self.compute_dtype)
+        return self.add_low_rank_update_(y, rows).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shapes and settings, shown when the layer is printed."""
@@ -240,3 +255,89 @@ class QLoRALinear(LoRALayer):
             missing_keys.append(key)
         else:
             self._hold(weight.to(self.packed.device))
+
+
+def replace_linear_layers(
+    model: nn.Module,
+    r: int,
+    alpha: float,
+    *,
+    targets: str | Sequence[str] = "all-linear",
+    dropout: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    skip: Sequence[str] = (),
+    **quantization: Any,
+) -> list[str]:
+    """Freeze ``model`` and put a ``QLoRALinear`` in the place of its linear layers; their names.
+
+    ``targets`` and ``skip`` are as for ``find_linear_layers``, so the output head stays as it is
+    (bitsandbytes keeps it, too). ``quantization`` may hold ``levels``, ``blocksize`` and
+    ``double_quant``.
+
+    Raises:
+        LoRAError: if there is nothing to replace; see also ``QLoRALinear``.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> replace_linear_layers(model, r=4, alpha=8, skip=["2"])
+    ['0']
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4·64 + 64·4
+    512
+    """
+    names = find_linear_layers(model, targets, skip)
+    model.requires_grad_(False)
+    for name in names:
+        linear = model.get_submodule(name)
+        layer = QLoRALinear.from_linear(linear, r, alpha, dropout, compute_dtype, **quantization)
+        replace_module(model, name, layer)
+    return names
+
+
+MERGES = ("4-bit", "dequantized", "original")
+
+
+def merge_weight(
+    quantized: QuantizedTensor,
+    delta: Tensor,
+    into: str = "dequantized",
+    original: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Merge ``ΔW`` ``[out, in]`` into a frozen weight: what a model without adapter computes with.
+
+    ``into="dequantized"`` adds it to the weight that it was trained beside, in ``dtype``;
+    ``"original"`` to the weight from before quantisation, in ``dtype``; ``"4-bit"`` quantises the
+    sum again, as ``quantized`` was, and returns what is read back.
+
+    Raises:
+        LoRAError: for an unknown ``into``, a missing ``original``, shapes that differ, or if the
+            merged weight would hold NaN or infinity.
+
+    >>> merge_weight(quantize(torch.ones(1, 64)), 0.25 * torch.ones(1, 64))[0, :2]
+    tensor([1.2500, 1.2500], dtype=torch.bfloat16)
+    """
+    if into not in MERGES:
+        raise LoRAError(f"into must be one of {MERGES}, not {into!r}")
+    base = original if into == "original" else quantized.dequantize(torch.float32)
+    if base is None or base.shape != delta.shape:
+        found = "nothing" if base is None else tuple(base.shape)
+        raise LoRAError(f"ΔW has shape {tuple(delta.shape)}; the weight to merge into: {found}")
+    merged = base.float() + delta.float()
+    if not merged.isfinite().all():
+        raise LoRAError("merging would write NaN or infinity; look for them in A, B and the base")
+    if into != "4-bit":
+        return merged.to(dtype)
+    settings = (quantized.levels, quantized.blocksize, quantized.double_quant)
+    return quantize(merged, *settings).dequantize()
+
+
+def surviving_share(before: Tensor, after: Tensor, delta: Tensor) -> float:
+    """How much of ``ΔW`` a merge has kept: ``⟨after − before, ΔW⟩ / ⟨ΔW, ΔW⟩``.
+
+    1 if the weight moved by all of it, 0 if not at all or at random.
+
+    >>> surviving_share(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), torch.ones(3))
+    0.6666666865348816
+    """
+    delta = delta.float()
+    moved = (after.float() - before.float()) * delta
+    return (moved.sum() / delta.square().sum()).item()

@@ -5,11 +5,7 @@ takes its name in one move at the end. A fine-tune killed half-way leaves no fol
 """
 
 import json
-import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -100,18 +96,6 @@ def free_folder(config: FinetuneConfig) -> Path:
         return Path(config.output_dir)
     numbers = ("", *(f"-{n}" for n in range(2, 10_000)))
     return next(p for n in numbers if not (p := Path("runs") / f"{config.name}{n}").exists())
-
-
-@contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside the one wanted, which becomes it in one move when all is written."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_run(folder: Path, result: FinetuneResult) -> None:

@@ -1,10 +1,9 @@
 """Chapter 8. The training loop in full view, and three measures of what it achieved.
 
-``train`` is all that fine-tuning is: predict, compare, go back, step. ``replace_linear_layers``
-turns any model built from ``nn.Linear`` into a QLoRA model with the layers of chapter 5, and
-``load_adapters`` and ``adapter_tensors`` speak PEFT's names, so that both stacks can start from the
-same adapters. Given the same batches, their loss curves are the same curve (a test holds them to
-it): there is nothing in the production stack that was not derived in this course.
+``train`` is all that fine-tuning is: predict, compare, go back, step. With the layers of chapter 5
+and the adapters of chapter 4 in PEFT's names, both stacks can start from the same point. Given the
+same batches, their loss curves are the same curve (a test holds them to it): there is nothing in
+the production stack that was not derived in this course.
 
 The measures are the held-out loss in nats a token, greedy answers, and their exact match.
 """
@@ -19,95 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_edu.chat_data import IGNORED, Message, encode_prompt
-from qlora_edu.qlora import QLoRALinear
 
 Batch = Mapping[str, Tensor]
-PEFT_PREFIX = "base_model.model."
 
 
 class TrainingError(RuntimeError):
     """Training or measuring cannot go on; the message says what was found."""
-
-
-class AdapterMismatchError(ValueError):
-    """Adapter tensors do not fit the model; nothing has been loaded."""
-
-
-def replace_linear_layers(
-    model: nn.Module,
-    r: int,
-    alpha: float,
-    *,
-    dropout: float = 0.0,
-    compute_dtype: torch.dtype | None = None,
-    skip: Sequence[str] = ("lm_head",),
-    **quantization: Any,
-) -> list[str]:
-    """Freeze ``model`` and put a ``QLoRALinear`` in the place of every ``nn.Linear``.
-
-    Modules whose name ends in one of ``skip`` stay as they are (bitsandbytes also keeps the output
-    head). ``quantization`` may hold ``levels``, ``blocksize`` and ``double_quant``. Returns the
-    names of the replaced modules.
-
-    Raises:
-        TrainingError: if there is nothing to replace.
-
-    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> replace_linear_layers(model, r=4, alpha=8, skip=("2",))
-    ['0']
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4·64 + 64·4
-    512
-    """
-    model.requires_grad_(False)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.rpartition(".")[2] not in skip
-    ]
-    if not names:
-        raise TrainingError(f"{type(model).__name__} has no nn.Linear outside {tuple(skip)}")
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        layer = QLoRALinear.from_linear(
-            model.get_submodule(name), r, alpha, dropout, compute_dtype, **quantization
-        )
-        setattr(model.get_submodule(parent), child, layer)
-    return names
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters of ``model`` under the names of PEFT's ``adapter_model.safetensors``."""
-    return {
-        f"{PEFT_PREFIX}{name}.{part}.weight": getattr(module, part).detach()
-        for name, module in model.named_modules()
-        if isinstance(module, QLoRALinear)
-        for part in ("lora_A", "lora_B")
-    }
-
-
-@torch.no_grad()
-def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapters with PEFT's names into the ``QLoRALinear`` layers of ``model``: all or none.
-
-    Raises:
-        AdapterMismatchError: if a tensor is missing, is left over, has another shape, or holds
-            NaN or infinity.
-    """
-    own = adapter_tensors(model)
-    if unmatched := sorted(own.keys() ^ tensors.keys()):
-        side = "missing from the file" if unmatched[0] in own else "not a layer of this model"
-        raise AdapterMismatchError(
-            f"{len(unmatched)} tensors do not match; the first, {unmatched[0]!r}, is {side}. "
-            "Use the adapter with the base model and target modules that it was trained on"
-        )
-    for name, mine in own.items():
-        if mine.shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(mine.shape)}"
-            raise AdapterMismatchError(f"{name} has shape {shapes}; is the rank r the same?")
-        if not tensors[name].isfinite().all():
-            raise AdapterMismatchError(f"{name} holds NaN or infinity: the file is damaged")
-    for name, mine in own.items():
-        mine.copy_(tensors[name])
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
@@ -159,7 +75,9 @@ def train(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise TrainingError("no parameter requires a gradient; call replace_linear_layers first")
+        raise TrainingError(
+            "no parameter requires a gradient; call add_lora or replace_linear_layers first"
+        )
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay)
     model.train()
     losses: list[float] = []

@@ -73,6 +73,7 @@ def test_checksums_hold():
     assert {"tasks/train.jsonl", "tasks/valid.jsonl", "tasks/test.jsonl"} <= named
     assert "text/held-out.jsonl" in named
     assert {"base-model/model.safetensors", "base-model/tokenizer.json"} <= named
+    assert "adapters/all/adapter_model.safetensors" in named
     for line in lines:
         digest, name = line.split("  ")
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest, name
@@ -174,3 +175,18 @@ def test_model_card_states_how_the_model_came_to_be():
         "license: mit",
     ):
         assert stated in card, stated
+
+
+@pytest.mark.parametrize("name", ["absent", "all", "question", "record"])
+def test_a_stored_adapter_fits_the_base_and_was_measured(name):
+    from transformers import AutoModelForCausalLM
+
+    from qlora_edu.adapters import load_adapter, lora_layers
+
+    folder = DATA / "adapters" / name
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    config = load_adapter(model, folder)
+    assert len(lora_layers(model)) == 28
+    assert config["base_model_name_or_path"] == "data/base-model"
+    measured = json.loads((folder / "measured.json").read_text())
+    assert measured["exact_match_before"] <= 0.01 and measured["exact_match_after"] >= 0.95

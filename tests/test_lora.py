@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALinear
 
-IN, OUT, RANK, ALPHA = 24, 16, 4, 6  # α/r = 1.5: neither 1, nor α, nor r
+IN, OUT, RANK, ALPHA = 24, 16, 4, 8  # α/r = 2: neither 1, nor α, nor r; and × 2 is exact
 
 
 def make_layer(dtype=torch.float32, *, trained=True, bias=True, seed=0, **settings) -> LoRALinear:

@@ -1,0 +1,461 @@
+"""Chapter 4: adapters go to PEFT and come back, fit or are refused, are swapped on one base."""
+
+import copy
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qlora_edu.adapters import (
+    PEFT_PREFIX,
+    AdapterFileError,
+    AdapterMismatchError,
+    DamagedAdapterError,
+    UntrainedAdapterError,
+    adapter_tensors,
+    add_lora,
+    find_linear_layers,
+    load_adapter,
+    load_adapters,
+    lora_layers,
+    remove_lora,
+    save_adapter,
+)
+from qlora_edu.loading import quiet
+from qlora_edu.lora import LoRAError, LoRALinear
+from qlora_edu.qlora import QLoRALinear, replace_linear_layers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make(architecture: str, dtype=torch.float32) -> nn.Module:
+    """A random model of 20,000 parameters or so; Qwen2 and GPT-NeoX have biases, Llama has none."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if architecture == "GPT-2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4))
+    else:
+        heads = {} if architecture == "GPT-NeoX" else {"num_key_value_heads": 2}
+        kind = {"Llama": "Llama", "Qwen2": "Qwen2", "GPT-NeoX": "GPTNeoX"}[architecture]
+        config = getattr(hf, f"{kind}Config")(
+            intermediate_size=48, tie_word_embeddings=False, initializer_range=0.2, **SHAPE, **heads
+        )
+        model = getattr(hf, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # they start at zero, which would hide a lost one
+                parameter.normal_()
+    return model.to(dtype).eval()
+
+
+MODULES = {
+    "Llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "Qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "GPT-NeoX": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+}
+
+
+@st.composite
+def adapters(draw) -> dict:
+    """What an adapter can be: on any layers of any architecture, of any rank, bias and dtype."""
+    architecture = draw(st.sampled_from(sorted(MODULES)))
+    modules = MODULES[architecture]
+    some = st.lists(st.sampled_from(modules), min_size=1, max_size=len(modules), unique=True)
+    return {
+        "architecture": architecture,
+        "targets": draw(st.just("all-linear") | some),
+        "r": draw(st.integers(1, 40)),  # beyond min(in, out), too
+        "alpha": draw(st.sampled_from([1, 3, 8, 16.5])),
+        "bias": draw(st.sampled_from(["none", "lora_only", "all"])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+    }
+
+
+def train_a_little(model: nn.Module, seed: int = 1) -> None:
+    """Move every trainable tensor, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=torch.arange(24).view(2, 12)).logits
+
+
+def assert_equal_outputs(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """The products run in the same order; only where α/r acts differs: one rounding a layer.
+
+    In 16 bits a rounding that falls the other way grows through two layers: a few units of 2^-8
+    (2^-11) of outputs of size 1 to 10. A wrong scaling or a lost bias is off by ten times that.
+    """
+    assert ours.dtype == theirs.dtype
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.02}[ours.dtype]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+EXAMPLES = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@EXAMPLES
+@given(adapter=adapters())
+def test_saved_here_loads_in_peft(adapter, tmp_path_factory):
+    from peft import PeftModel
+
+    folder = tmp_path_factory.mktemp("ours") / "adapter"
+    base = make(adapter["architecture"], adapter["dtype"])
+    ours = copy.deepcopy(base)
+    add_lora(ours, adapter["r"], adapter["alpha"], targets=adapter["targets"], bias=adapter["bias"])
+    train_a_little(ours)
+    save_adapter(ours, folder, base_model="nowhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of keys that are missing
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    assert not torch.equal(logits(ours), logits(base))
+    assert_equal_outputs(logits(ours), logits(theirs))
+
+
+@EXAMPLES
+@given(adapter=adapters(), init=st.sampled_from([True, "gaussian"]))
+def test_saved_by_peft_loads_here(adapter, init, tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("theirs")
+    base = make(adapter["architecture"], adapter["dtype"])
+    config = LoraConfig(
+        r=adapter["r"],
+        lora_alpha=adapter["alpha"],
+        target_modules=adapter["targets"],
+        bias=adapter["bias"],
+        init_lora_weights=init,
+        task_type="CAUSAL_LM",
+    )
+    with quiet():
+        theirs = get_peft_model(copy.deepcopy(base), config).eval()
+        train_a_little(theirs)
+        theirs.save_pretrained(folder)
+    ours = copy.deepcopy(base)
+    said = load_adapter(ours, folder)
+    assert said["r"] == adapter["r"]
+    assert_equal_outputs(logits(ours), logits(theirs))
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert adapter_tensors(ours).keys() == stored.keys()
+    assert all(
+        torch.equal(adapter_tensors(ours)[name].to(t.dtype), t) for name, t in stored.items()
+    )
+
+
+@pytest.mark.parametrize("stored_as", DTYPES)
+def test_a_file_of_any_dtype_loads_exactly(stored_as, tmp_path):
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    train_a_little(model)
+    rounded = {name: tensor.to(stored_as) for name, tensor in adapter_tensors(model).items()}
+    load_adapters(model, rounded)
+    for name, tensor in adapter_tensors(model).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, rounded[name].float())
+
+
+def test_the_names_are_those_of_a_qlora_model_too():
+    lora, qlora = make("Qwen2"), make("Qwen2")
+    add_lora(lora, r=4, alpha=8, targets=["q_proj"])
+    replace_linear_layers(qlora, r=4, alpha=8, targets=["q_proj"])
+    assert all(isinstance(layer, QLoRALinear) for layer in lora_layers(qlora).values())
+    train_a_little(lora)
+    load_adapters(qlora, adapter_tensors(lora))
+    theirs = adapter_tensors(lora)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter_tensors(qlora).items())
+
+
+def test_a_trained_bias_of_a_quantised_layer_has_peft_s_name():
+    model = make("Qwen2")
+    replace_linear_layers(model, r=4, alpha=8, targets=["q_proj"])
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.bias.requires_grad_()
+    key = f"{PEFT_PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias"
+    assert torch.equal(adapter_tensors(model)[key], layer.bias)
+
+
+# Swapping
+
+
+def test_adapters_are_swapped_on_one_base_without_a_trace():
+    base = make("Llama")
+    model = copy.deepcopy(base)
+    add_lora(model, r=4, alpha=8)
+    kept, answers = [], []
+    for seed in (1, 2, 3):
+        train_a_little(model, seed)
+        kept.append({name: tensor.clone() for name, tensor in adapter_tensors(model).items()})
+        answers.append(logits(model))
+    for i in (2, 0, 1, 0):
+        load_adapters(model, kept[i])
+        assert torch.equal(logits(model), answers[i])
+    remove_lora(model)
+    assert torch.equal(logits(model), logits(base))
+    assert model.state_dict().keys() == base.state_dict().keys()
+
+
+def test_loading_copies_and_does_not_share():
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    train_a_little(model)
+    kept = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    load_adapters(model, kept)
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    train_a_little(model)
+    assert all(torch.equal(kept[name], before[name]) for name in kept)
+
+
+# What does not fit
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    train_a_little(model)
+    return {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+
+
+LAST = f"{PEFT_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda t: t.pop(LAST), AdapterMismatchError, f"{LAST} is missing"),
+        (lambda t: t.update({"zz.lora_A": t[LAST]}), AdapterMismatchError, "zz.lora_A is not a"),
+        (
+            lambda t: t.update({LAST: torch.ones(32, 2)}),
+            AdapterMismatchError,
+            rf"{LAST} has shape \(32, 2\), the model needs \(32, 4\)",
+        ),
+        (lambda t: t[LAST].fill_(math.nan), DamagedAdapterError, LAST),
+        (lambda t: t[LAST].fill_(-math.inf), DamagedAdapterError, LAST),
+        (lambda t: t.clear(), DamagedAdapterError, "empty"),
+        (
+            lambda t: [tensor.zero_() for name, tensor in t.items() if "lora_B" in name],
+            UntrainedAdapterError,
+            "changes nothing",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(change, error, says):
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    tensors = trained_tensors(model)
+    train_a_little(model, seed=2)
+    before = logits(model)
+    change(tensors)
+    with pytest.raises(error, match=says):
+        load_adapters(model, tensors)
+    assert torch.equal(logits(model), before)
+
+
+def test_another_rank_lists_the_tensors():
+    model, other = make("Llama"), make("Llama")
+    add_lora(model, r=4, alpha=8)
+    add_lora(other, r=2, alpha=8)
+    with pytest.raises(AdapterMismatchError) as error:
+        load_adapters(model, trained_tensors(other))
+    assert str(error.value).startswith("28 tensors do not fit: ")
+    assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
+
+
+def test_an_untrained_adapter_loads_if_that_is_said():
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    fresh = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    train_a_little(model)
+    load_adapters(model, fresh, allow_untrained=True)
+    assert not any(tensor.any() for name, tensor in fresh.items() if "lora_B" in name)
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in adapter_tensors(model).items())
+
+
+def test_a_trained_bias_alone_is_no_untrained_adapter():
+    model = make("Qwen2")
+    add_lora(model, r=4, alpha=8, bias="lora_only")
+    tensors = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    load_adapters(model, tensors)  # B is zero, but the biases say something
+
+
+def test_loading_into_a_merged_layer_is_refused():
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    tensors = trained_tensors(model)
+    model.model.layers[0].mlp.up_proj.merge()
+    with pytest.raises(LoRAError, match=r"unmerge.*up_proj"):
+        load_adapters(model, tensors)
+
+
+def test_loading_without_adapted_layers_is_refused():
+    with pytest.raises(LoRAError, match="add_lora"):
+        load_adapters(make("Llama"), {"a": torch.ones(1)})
+
+
+# Files
+
+
+def saved(tmp_path, **options):
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8, **options)
+    train_a_little(model)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewrite(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"use_dora": True}, AdapterFileError, "use_dora"),
+        ({"use_rslora": True}, AdapterFileError, "use_rslora"),
+        ({"rank_pattern": {"q_proj": 2}}, AdapterFileError, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, AdapterFileError, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, AdapterFileError, "pissa"),
+        ({"peft_type": "IA3"}, AdapterFileError, "IA3"),
+        ({"r": 8}, AdapterMismatchError, "has shape"),
+        ({"bias": "everything"}, LoRAError, "everything"),
+        ({"r": 0}, LoRAError, "rank"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_and_the_model_stays(fields, error, says, tmp_path):
+    folder, model = saved(tmp_path), make("Llama")
+    rewrite(folder, **fields)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(error, match=says):
+        load_adapter(model, folder)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not lora_layers(model)
+
+
+def test_the_fields_of_peft_s_own_config_are_read_or_refused(tmp_path):
+    """A new field of a new release must not be passed over: its default must be empty or known."""
+    from peft import LoraConfig
+
+    folder = saved(tmp_path)
+    own = json.loads((folder / "adapter_config.json").read_text())
+    defaults = {k: v for k, v in LoraConfig().to_dict().items() if not isinstance(v, set)}
+    rewrite(folder, **(defaults | own))
+    load_adapter(make("Llama"), folder)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    folder = saved(tmp_path)
+    save_file({}, folder / "adapter_model.safetensors")
+    with pytest.raises(DamagedAdapterError, match="empty"):
+        load_adapter(make("Llama"), folder)
+
+
+def test_a_cut_file_and_a_missing_one_are_refused(tmp_path):
+    folder = saved(tmp_path)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AdapterFileError, match="no adapter"):
+        load_adapter(make("Llama"), folder)
+    path.unlink()
+    with pytest.raises(AdapterFileError, match="no adapter"):
+        load_adapter(make("Llama"), folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterFileError, match="no adapter"):
+        load_adapter(make("Llama"), folder)
+
+
+def test_an_adapter_for_other_layers_lists_them(tmp_path):
+    folder = saved(tmp_path)
+    with pytest.raises(AdapterMismatchError, match=r"14 of the adapted layers.*q_proj"):
+        load_adapter(make("GPT-NeoX"), folder)
+
+
+def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
+    folder, model = saved(tmp_path), make("Llama")
+    replace_linear_layers(model, r=4, alpha=16)
+    with pytest.raises(AdapterMismatchError, match="scaled wrongly"):
+        load_adapter(model, folder)
+
+
+def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    with pytest.raises(FileExistsError, match="overwritten"):
+        save_adapter(model, tmp_path)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_differ_do_not_fit_in_a_file(tmp_path):
+    model = make("Llama")
+    layer = model.model.layers[0].mlp
+    layer.up_proj = LoRALinear(layer.up_proj, r=2, alpha=4)
+    layer.down_proj = LoRALinear(layer.down_proj, r=4, alpha=4)
+    with pytest.raises(LoRAError, match="one"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(LoRAError, match="one"):
+        save_adapter(make("Llama"), tmp_path / "adapter")
+
+
+# Which layers
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn"]])
+def test_conv1d_of_gpt2_is_refused_in_clear_words(targets):
+    model = make("GPT-2")
+    with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
+        add_lora(model, r=4, alpha=8, targets=targets)
+    with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
+        replace_linear_layers(model, r=4, alpha=8, targets=targets)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", sorted(MODULES))
+def test_all_linear_is_what_peft_takes_it_to_be(architecture):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+
+    with quiet():
+        theirs = get_peft_model(make(architecture), LoraConfig(target_modules="all-linear"))
+    adapted = {n for n, module in theirs.named_modules() if isinstance(module, Linear)}
+    found = find_linear_layers(make(architecture))
+    assert {f"{PEFT_PREFIX}{name}" for name in found} == adapted
+
+
+def test_a_target_that_is_nowhere_is_named_with_what_there_is():
+    with pytest.raises(LoRAError, match=r"\['q_prj'\].*'q_proj'"):
+        add_lora(make("Llama"), r=4, alpha=8, targets=["q_prj", "v_proj"])
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_the_biases_that_are_trained_are_those_of_peft(bias):
+    from peft import LoraConfig, get_peft_model
+
+    ours = make("Qwen2")
+    add_lora(ours, r=4, alpha=8, targets=["q_proj", "up_proj"], bias=bias)
+    with quiet():
+        config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias=bias)
+        theirs = get_peft_model(make("Qwen2"), config)
+
+    def trained(model):
+        return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad)
+
+    assert trained(ours) == trained(theirs)
