@@ -22,7 +22,8 @@ from qlora_edu.loading import forbid_cpu_repacking, quiet
 from qlora_edu.qlora import replace_linear_layers
 
 LENGTH, RANK, SECONDS, LEAST = 128, 16, 10.0, 9
-SIZES = [(width, rows) for width in (256, 512, 1024) for rows in (8, 16, 32)]
+SIZES = [*((width, rows) for width in (256, 512) for rows in (16, 32, 64)), (1024, 16), (1024, 32)]
+SMALL = [(256, 1), (512, 1), (1024, 1)]  # where unpacking W takes a larger part of the time
 
 
 def make_models(width: int) -> tuple[nn.Module, nn.Module]:
@@ -100,7 +101,8 @@ def measure_size(width: int, rows: int) -> list[dict]:
             before = time.perf_counter()
             step()
             of_step.append(time.perf_counter() - before)
-    name, peer = f"qlora step width {width} batch {rows}x{LENGTH}", "bitsandbytes + PEFT"
+    kind, peer = "small step" if rows == 1 else "step", "bitsandbytes + PEFT"
+    name = f"qlora {kind} width {width} batch {rows}x{LENGTH}"
     ours_s, peer_s = (median(of_step) for of_step in times)
     ours_bytes, peer_bytes = (peak_bytes(step) for step in steps)
     result = [
@@ -120,4 +122,4 @@ def measure_size(width: int, rows: int) -> list[dict]:
 
 def measure() -> list[dict]:
     """All rows."""
-    return [row for width, rows in SIZES for row in measure_size(width, rows)]
+    return [row for width, rows in SIZES + SMALL for row in measure_size(width, rows)]

@@ -79,18 +79,8 @@ class LoRALayer(nn.Module):
         The two thin products are taken one after the other; ``ΔW`` is never formed. The scaling
         acts between them, where a token has only ``r`` numbers.
         """
-        return F.linear(self._scaled_thin(x), self.lora_B)
-
-    def add_low_rank_update_(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add ``low_rank_update(x)`` to ``y`` in place: ``x`` ``[n, in]``, ``y`` ``[n, out]``."""
-        thin = self._scaled_thin(x)
-        if y.dtype == thin.dtype == self.lora_B.dtype:
-            return y.addmm_(thin, self.lora_B.T)  # product and sum at once, no memory beside y
-        return y.add_(F.linear(thin, self.lora_B).to(y.dtype))
-
-    def _scaled_thin(self, x: Tensor) -> Tensor:
         x = self.dropout(x.to(self.lora_A.dtype))
-        return F.linear(x, self.lora_A) * self.scaling
+        return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
     def delta_weight(self) -> Tensor:
         """``ΔW = (α/r) · B · A``, ``[out, in]``, in float32 or wider (equation 3 of the paper)."""

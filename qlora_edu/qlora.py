@@ -45,36 +45,50 @@ def put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Qua
     )
 
 
-class _ProductWithPackedWeight(torch.autograd.Function):
-    """``x · Wᵀ + bias`` whose backward pass unpacks ``W`` again instead of keeping it."""
+class _ProductsOfOneInput(torch.autograd.Function):
+    """``y = x·Wᵀ + bias`` and, if there is an ``A``, ``thin = x·Aᵀ``, with one gradient for ``x``.
+
+    Backward: ``∂L/∂x = ∂L/∂y · W + ∂L/∂thin · A`` and ``∂L/∂A = (∂L/∂thin)ᵀ · x``. In both passes
+    ``W`` is unpacked a few rows at a time, and between them it is kept in 4 bits only.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: QuantizedTensor) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            tensors, ctx.facts = take_apart(quantized)
-            ctx.names = list(tensors)
-            ctx.save_for_backward(*tensors.values())
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        quantized: QuantizedTensor,
+        lora_A: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        tensors, ctx.facts = take_apart(quantized) if ctx.needs_input_grad[0] else ({}, {})
+        ctx.names = list(tensors)
+        kept = (None, None) if lora_A is None else (x, lora_A)
+        ctx.save_for_backward(*kept, *tensors.values())
+        bias = None if bias is None else bias.to(x.dtype)
         y = x.new_empty(len(x), quantized.shape[0])
         for rows, piece in quantized.row_pieces(x.dtype):
             if bias is None:
                 torch.mm(x, piece.T, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, piece.T, out=y[:, rows])
-        return y
+        return y, None if lora_A is None else x @ lora_A.T
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = grad_bias = None
+    def backward(ctx: Any, grad_y: Tensor, grad_thin: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, lora_A, *saved = ctx.saved_tensors
+        grad_x = grad_bias = grad_A = None
         if ctx.needs_input_grad[0]:
-            tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            for rows, piece in put_together(tensors, ctx.facts).row_pieces(grad_y.dtype):
-                if grad_x is None:
-                    grad_x = grad_y[:, rows] @ piece
-                else:
-                    grad_x.addmm_(grad_y[:, rows], piece)
+            quantized = put_together(dict(zip(ctx.names, saved, strict=True)), ctx.facts)
+            grad_x = grad_y.new_zeros(len(grad_y), quantized.shape[1])
+            if lora_A is not None:
+                grad_x = grad_thin @ lora_A
+            for rows, piece in quantized.row_pieces(grad_y.dtype):
+                grad_x.addmm_(grad_y[:, rows], piece)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_y.sum(0)
-        return grad_x, grad_bias, None
+        if ctx.needs_input_grad[3]:
+            grad_A = grad_thin.T @ x
+        return grad_x, grad_bias, None, grad_A
 
 
 def quantized_linear(
@@ -108,8 +122,8 @@ def quantized_linear(
     dtype = x.dtype if compute_dtype is None else compute_dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    bias = None if bias is None else bias.to(dtype)
-    return _ProductWithPackedWeight.apply(x.to(dtype), bias, quantized).to(x.dtype)
+    y, _ = _ProductsOfOneInput.apply(x.to(dtype), bias, quantized, None)
+    return y.to(x.dtype)
 
 
 class QLoRALinear(LoRALayer):
@@ -203,8 +217,20 @@ class QLoRALinear(LoRALayer):
         """``x · Wᵀ + bias + (α/r) · B · A · dropout(x)``, with ``W`` unpacked for the moment."""
         self.check_input(x)
         rows = x.reshape(-1, self.in_features)
-        y = quantized_linear(rows, self.weight, self.bias, self.compute_dtype)
-        return self.add_low_rank_update_(y, rows).view(*x.shape[:-1], self.out_features)
+        if self._sees_one_input(rows):
+            y, thin = _ProductsOfOneInput.apply(rows, self.bias, self.weight, self.lora_A)
+            y.addmm_(thin * self.scaling, self.lora_B.T)
+        else:
+            y = quantized_linear(rows, self.weight, self.bias, self.compute_dtype)
+            y += self.low_rank_update(rows).to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _sees_one_input(self, x: Tensor) -> bool:
+        """Whether base and adapter multiply the very same numbers, without dropout or rounding."""
+        if (self.training and self.dropout.p) or torch.is_autocast_enabled(x.device.type):
+            return False
+        base_dtype = self.compute_dtype or x.dtype
+        return x.dtype == base_dtype == self.lora_A.dtype == self.lora_B.dtype
 
     def extra_repr(self) -> str:
         """Shapes and settings, shown when the layer is printed."""
