@@ -21,6 +21,30 @@ class LoRAError(ValueError):
     """An adapter was asked for, loaded or merged in a way that cannot work."""
 
 
+def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Split a matrix ``[out, in]`` into ``B`` ``[out, r]`` and ``A`` ``[r, in]``, the nearest ones.
+
+    Source: Eckart and Young (1936): the truncated singular value decomposition.
+
+    >>> B, A = low_rank_factors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
+    >>> (B @ A).round().int().tolist()
+    [[3, 0], [0, 0]]
+    """
+    U, sizes, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = sizes[:r].sqrt()
+    return U[:, :r] * root, root[:, None] * Vh[:r]
+
+
+def energy_kept(singular_values: Tensor) -> Tensor:
+    """Share of the sum of squares that the first 1, 2, 3 … directions hold, float64.
+
+    >>> energy_kept(torch.tensor([3.0, 1.0])).tolist()
+    [0.9, 1.0]
+    """
+    squares = singular_values.double().square()
+    return squares.cumsum(dim=0) / squares.sum()
+
+
 class LoRALayer(nn.Module):
     """The adapter itself, ``x -> (α/r) · B · A · dropout(x)``; the layers that use it add a base.
 

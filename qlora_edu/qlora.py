@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qlora_edu.adapters import find_linear_layers, replace_module
 from qlora_edu.double_quant import QuantizedAbsmax, QuantizedTensor, quantize
@@ -45,11 +46,10 @@ def put_together(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Qua
     )
 
 
-class _ProductsOfOneInput(torch.autograd.Function):
-    """``y = x·Wᵀ + bias`` and, if there is an ``A``, ``thin = x·Aᵀ``, with one gradient for ``x``.
+class _QLoRAProduct(torch.autograd.Function):
+    """``y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ``, or without ``A`` and ``B`` the first two terms of it.
 
-    Backward: ``∂L/∂x = ∂L/∂y · W + ∂L/∂thin · A`` and ``∂L/∂A = (∂L/∂thin)ᵀ · x``. In both passes
-    ``W`` is unpacked a few rows at a time, and between them it is kept in 4 bits only.
+    In both passes ``W`` is unpacked a few rows at a time; between them it is kept in 4 bits only.
     """
 
     @staticmethod
@@ -58,12 +58,10 @@ class _ProductsOfOneInput(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         quantized: QuantizedTensor,
-        lora_A: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        tensors, ctx.facts = take_apart(quantized) if ctx.needs_input_grad[0] else ({}, {})
-        ctx.names = list(tensors)
-        kept = (None, None) if lora_A is None else (x, lora_A)
-        ctx.save_for_backward(*kept, *tensors.values())
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         y = x.new_empty(len(x), quantized.shape[0])
         for rows, piece in quantized.row_pieces(x.dtype):
@@ -71,24 +69,35 @@ class _ProductsOfOneInput(torch.autograd.Function):
                 torch.mm(x, piece.T, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], x, piece.T, out=y[:, rows])
-        return y, None if lora_A is None else x @ lora_A.T
+        kept: tuple[Tensor | None, ...] = (None,) * 4
+        if lora_A is not None:
+            thin = (x @ lora_A.T).mul_(scaling)
+            y.addmm_(thin, lora_B.T)
+            kept = (x, thin, lora_A, lora_B)
+        tensors, ctx.facts = take_apart(quantized) if ctx.needs_input_grad[0] else ({}, {})
+        ctx.names, ctx.scaling = list(tensors), scaling
+        ctx.save_for_backward(*kept, *tensors.values())
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_thin: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, lora_A, *saved = ctx.saved_tensors
-        grad_x = grad_bias = grad_A = None
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, thin, lora_A, lora_B, *saved = ctx.saved_tensors
+        grad_x = grad_bias = grad_A = grad_B = None
+        if lora_A is not None:
+            grad_thin = (grad_y @ lora_B).mul_(ctx.scaling)
+            grad_A, grad_B = grad_thin.T @ x, grad_y.T @ thin
         if ctx.needs_input_grad[0]:
             quantized = put_together(dict(zip(ctx.names, saved, strict=True)), ctx.facts)
-            grad_x = grad_y.new_zeros(len(grad_y), quantized.shape[1])
-            if lora_A is not None:
+            if lora_A is None:
+                grad_x = grad_y.new_zeros(len(grad_y), quantized.shape[1])
+            else:
                 grad_x = grad_thin @ lora_A
             for rows, piece in quantized.row_pieces(grad_y.dtype):
                 grad_x.addmm_(grad_y[:, rows], piece)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_y.sum(0)
-        if ctx.needs_input_grad[3]:
-            grad_A = grad_thin.T @ x
-        return grad_x, grad_bias, None, grad_A
+        return grad_x, grad_bias, None, grad_A, grad_B, None
 
 
 def quantized_linear(
@@ -122,8 +131,7 @@ def quantized_linear(
     dtype = x.dtype if compute_dtype is None else compute_dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    y, _ = _ProductsOfOneInput.apply(x.to(dtype), bias, quantized, None)
-    return y.to(x.dtype)
+    return _QLoRAProduct.apply(x.to(dtype), bias, quantized).to(x.dtype)
 
 
 class QLoRALinear(LoRALayer):
@@ -218,8 +226,8 @@ class QLoRALinear(LoRALayer):
         self.check_input(x)
         rows = x.reshape(-1, self.in_features)
         if self._sees_one_input(rows):
-            y, thin = _ProductsOfOneInput.apply(rows, self.bias, self.weight, self.lora_A)
-            y.addmm_(thin * self.scaling, self.lora_B.T)
+            adapter = (self.lora_A, self.lora_B, self.scaling)
+            y = _QLoRAProduct.apply(rows, self.bias, self.weight, *adapter)
         else:
             y = quantized_linear(rows, self.weight, self.bias, self.compute_dtype)
             y += self.low_rank_update(rows).to(y.dtype)

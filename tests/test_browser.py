@@ -32,6 +32,8 @@ EXPLORED = [
     ("00_start_here", 1),
     ("02_blockwise_quantisation", 2),
     ("03_double_quantisation", 2),
+    ("04_lora_math", 3),
+    ("05_qlora_linear", 2),
     ("09_finetune_7b", 1),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALinear
+from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALinear, energy_kept, low_rank_factors
 
 IN, OUT, RANK, ALPHA = 24, 16, 4, 8  # α/r = 2: neither 1, nor α, nor r; and × 2 is exact
 
@@ -383,3 +383,25 @@ def test_a_base_of_unknown_width_is_refused_or_told():
     with pytest.raises(LoRAError, match="pass out_features"):
         HoulsbyAdapter(base, 2)
     assert HoulsbyAdapter(base, 2, out_features=8)(torch.ones(3, 4)).shape == (3, 8)
+
+
+# The best change of a given rank
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+def test_no_change_of_the_same_rank_comes_closer(shape):
+    """Eckart and Young: what is left is what the dropped singular values hold."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    sizes = torch.linalg.svdvals(matrix)
+    for r in range(1, min(shape) + 1):
+        B, A = low_rank_factors(matrix, r)
+        assert B.shape == (shape[0], r) and A.shape == (r, shape[1])
+        error = (matrix - B @ A).norm()
+        torch.testing.assert_close(error, sizes[r:].norm(), rtol=0, atol=1e-10)
+        kept = 1 - error**2 / matrix.square().sum()
+        torch.testing.assert_close(energy_kept(sizes)[r - 1], kept, rtol=0, atol=1e-12)
+        for _ in range(20):  # the best B for a random A is no better
+            strip = torch.randn(r, shape[1], dtype=torch.float64)
+            rival = matrix @ torch.linalg.pinv(strip) @ strip
+            assert (matrix - rival).norm() >= error - 1e-10

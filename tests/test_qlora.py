@@ -115,7 +115,7 @@ def test_the_product_is_the_dense_one(double_quant):
 
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 2, 6)])
 def test_gradcheck_of_the_product(shape):
-    """Finite differences in float64 against the backward pass, of the first and second order."""
+    """Finite differences in float64 against the backward pass."""
     torch.manual_seed(0)
     quantized = quantize(torch.randn(4, 6))
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -125,7 +125,14 @@ def test_gradcheck_of_the_product(shape):
         return quantized_linear(x, quantized, bias)
 
     assert torch.autograd.gradcheck(product, (x, bias))
-    assert torch.autograd.gradgradcheck(product, (x, bias))
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    layer = make_layer()
+    x = torch.randn(3, IN, requires_grad=True)
+    (grad_x,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.sum().backward()
 
 
 def test_gradcheck_of_the_layer():

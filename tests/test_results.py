@@ -48,6 +48,7 @@ def test_what_the_project_promises_of_the_embedded_base_was_measured():
 def test_the_quantiser_is_as_fast_as_promised_and_the_readme_says_how_fast():
     report = json.loads((ROOT / "data" / "results" / "bench.json").read_text())
     rows = [row for row in report["rows"] if row["peer"] == "bitsandbytes"]
+    assert not any("step" in row["name"] for row in rows)
     for row in rows:
         assert row["ratio"] == pytest.approx(row["peer_s"] / row["ours_s"])
     ratios = {
@@ -70,3 +71,29 @@ def test_the_quantiser_is_as_fast_as_promised_and_the_readme_says_how_fast():
 def floor(ratio: float) -> float:
     """A ratio to one decimal, never rounded up."""
     return math.floor(10 * ratio) / 10
+
+
+def test_a_qlora_step_costs_no_more_than_that_of_the_peers():
+    report = json.loads((ROOT / "data" / "results" / "bench.json").read_text())
+    rows = [row for row in report["rows"] if row["name"].startswith("qlora step ")]
+    for unit, kind in (("s", "time"), ("bytes", "peak memory")):
+        of_kind = [row for row in rows if row["name"].endswith(f" {kind}")]
+        sizes = [re.search(r"width (\d+) batch (\d+)x", row["name"]).groups() for row in of_kind]
+        assert all(len(set(numbers)) >= 3 for numbers in zip(*sizes, strict=True))
+        for row in of_kind:
+            assert row["ratio"] == pytest.approx(row[f"peer_{unit}"] / row[f"ours_{unit}"])
+            assert row["ratio"] >= 1.0, row["name"]
+    step, small = (
+        [r["ratio"] for r in report["rows"] if re.match(f"qlora {kind} .* time$", r["name"])]
+        for kind in ("step", "small step")
+    )
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"({floor(min(step))} to {floor(max(step))} times as fast" in readme
+    assert f"it has {min(small):.2f} to {max(small):.2f} of their speed" in readme
+
+
+def test_the_merge_lab_holds_every_merge():
+    report = json.loads((ROOT / "data" / "results" / "merge_lab.json").read_text())
+    for row in report["rows"]:
+        assert row["surviving_share"].keys() == {"4-bit", "dequantized", "original"}
+        assert row["exact_match"].keys() == {"unmerged", "4-bit", "dequantized", "original"}

@@ -20,25 +20,47 @@ from qlora_edu.course.widgets.chapter_03 import (
     nf4_rms_error,
     render_constants,
 )
+from qlora_edu.course.widgets.chapter_04 import (
+    lora_explorer,
+    low_rank_errors,
+    render_low_rank,
+    synthetic_update,
+)
+from qlora_edu.course.widgets.chapter_05 import (
+    MERGE_NAMES,
+    UPDATE_SIZES,
+    merge_explorer,
+    merge_outcome,
+    render_merge_survival,
+)
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
 
 __all__ = [
     "DRAWS",
     "FLOAT32",
+    "MERGE_NAMES",
     "OFFSETS",
+    "UPDATE_SIZES",
     "Explorer",
     "bits_with_constants",
     "constants_explorer",
+    "lora_explorer",
+    "low_rank_errors",
     "memory_explorer",
+    "merge_explorer",
+    "merge_outcome",
     "nf4_explorer",
     "nf4_rms_error",
     "outlier_explorer",
     "render_constants",
+    "render_low_rank",
+    "render_merge_survival",
     "render_nf4_bins",
     "render_outlier_map",
     "render_trained_tokens",
     "render_training_memory",
     "scaled_weights",
+    "synthetic_update",
     "tokens_explorer",
 ]
