@@ -164,14 +164,19 @@ def run_all_cells(page, until) -> None:
     That every cell runs is what nbval tests. Here one is wanted, and what it needs.
     """
     waiting = page.locator(".jp-InputPrompt", has_text="[*]")
+    dialog = page.locator(".jp-Dialog")
+    # It may ask at any moment, on a busy machine late, which kernel to take: the one it offers.
+    page.add_locator_handler(dialog, lambda: page.keyboard.press("Enter"))
     for _ in range(6):
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_timeout(2000)
-        if page.locator(".jp-Dialog").count():
-            page.keyboard.press("Enter")  # takes the kernel that is offered
         deadline = time.monotonic() + RUN_ALL
-        while until.count() == 0 and waiting.count() and time.monotonic() < deadline:
+        while until.count() == 0 and time.monotonic() < deadline:
+            if dialog.count():
+                page.keyboard.press("Enter")
+            elif not waiting.count():
+                break
             page.wait_for_timeout(500)
         if until.count():
             return
