@@ -12,7 +12,7 @@ everything: names and shapes must fit, NaN is refused, and so is a ``B`` that is
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_edu.lora import LoRAError, LoRALayer, LoRALinear
+from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALayer, LoRALinear
 
 PEFT_PREFIX = "base_model.model."
 BIASES = ("none", "lora_only", "all")
 LISTED = 6  # tensors named in an error message
+_PARTS = ("lora_A", "lora_B")
 
 # Fields of PEFT's LoraConfig that say nothing about the product, or only how training began.
 _HARMLESS = {
@@ -36,7 +37,18 @@ _HARMLESS = {
 
 
 class AdapterMismatchError(LoRAError):
-    """Adapter tensors do not fit the model; nothing has been loaded."""
+    """Adapter tensors do not fit the model; nothing has been loaded.
+
+    Attributes:
+        tensors: the names of all that do not fit, under PEFT's names; the message lists the first.
+
+    >>> AdapterMismatchError("1 tensor does not fit", ["base_model.model.0.lora_A.weight"]).tensors
+    ('base_model.model.0.lora_A.weight',)
+    """
+
+    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
 
 
 class DamagedAdapterError(LoRAError):
@@ -83,8 +95,11 @@ def find_linear_layers(
         if type(module) is nn.Linear and module is not head and not _is_one_of(name, skip)
     ]
     if not found:
-        kinds = {type(m).__name__: m for m in named.values() if "weight" in m._parameters}
-        reasons = "; ".join(_why_not(kinds[kind]) for kind in sorted(kinds)) or "it has no weights"
+        layers = [m for m in named.values() if "weight" in m._parameters]
+        others = [m for m in layers if type(m) is not nn.Linear and m is not head]
+        kinds = {type(m).__name__: m for m in others}
+        nothing = "all are left out" if layers else "it has no weights"
+        reasons = "; ".join(_why_not(kinds[kind]) for kind in sorted(kinds)) or nothing
         raise LoRAError(f"{type(model).__name__} has no nn.Linear to adapt: {reasons}")
     return found
 
@@ -131,6 +146,33 @@ def add_lora(
     return names
 
 
+def add_houlsby(
+    model: nn.Module, bottleneck: int, targets: str | Sequence[str] = ("o_proj", "down_proj")
+) -> list[str]:
+    """Freeze ``model`` and put a ``HoulsbyAdapter`` behind the layers named; returns their names.
+
+    ``targets`` is as for ``find_linear_layers`` and should name the last layer of each block's
+    attention and of its feed-forward part, as the default does for Llama and its kin.
+
+    Raises:
+        LoRAError: see ``find_linear_layers`` and ``HoulsbyAdapter``.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> add_houlsby(model, bottleneck=4, targets=["2"])
+    ['2']
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
+    22
+    """
+    names = find_linear_layers(model, targets)
+    layers = [HoulsbyAdapter(model.get_submodule(name), bottleneck) for name in names]
+    model.requires_grad_(False)
+    for name, layer in zip(names, layers, strict=True):
+        layer.down.requires_grad_()
+        layer.up.requires_grad_()
+        replace_module(model, name, layer)
+    return names
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule called ``name``."""
     parent, _, child = name.rpartition(".")
@@ -154,7 +196,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {
         f"{PEFT_PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
         for name, layer in layers.items()
-        for part in ("lora_A", "lora_B")
+        for part in _PARTS
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and _is_one_of(name, ["bias"]):
@@ -173,7 +215,8 @@ def load_adapters(
     The tensors may be of any floating dtype. Loading again swaps one adapter for another.
 
     Raises:
-        AdapterMismatchError: if a tensor is missing, left over or of another shape: a list.
+        AdapterMismatchError: if a tensor is missing, left over or of another shape: a list in
+            the message, all of them in ``tensors``.
         DamagedAdapterError: if there is no tensor at all, or one holds NaN or infinity.
         UntrainedAdapterError: if every ``B`` is zero, unless ``allow_untrained``.
         LoRAError: if a layer is merged, or the model has no adapted layer.
@@ -186,17 +229,18 @@ def load_adapters(
     merged = [n for n, layer in lora_layers(model).items() if getattr(layer, "merged", False)]
     if merged:
         raise LoRAError(f"unmerge() before loading: {_list(merged)} hold the adapter in the weight")
-    faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
-    faults += [f"{name} is not a tensor of this model" for name in tensors if name not in own]
-    faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(mine.shape)}"
+    faults = {name: f"{name} is missing from the adapter" for name in own if name not in tensors}
+    faults |= {name: f"{name} is not a tensor of this model" for name in tensors if name not in own}
+    faults |= {
+        name: f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(mine.shape)}"
         for name, mine in own.items()
         if name in tensors and tensors[name].shape != mine.shape
-    ]
+    }
     if faults:
         raise AdapterMismatchError(
-            f"{len(faults)} tensors do not fit: {_list(faults)}. Use the base model, the target "
-            "modules and the rank that the adapter was trained with"
+            f"{len(faults)} tensors do not fit: {_list(faults.values())}. Use the base model, "
+            "the target modules and the rank that the adapter was trained with",
+            faults,
         )
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
@@ -277,12 +321,17 @@ def load_adapter(
     if not tensors:
         raise DamagedAdapterError(f"{folder} holds an empty adapter: not one tensor was saved")
     layers = lora_layers(model)
-    for name, layer in layers.items():
-        if (layer.r, layer.alpha) != (r, alpha):
-            raise AdapterMismatchError(
-                f"{name} has r={layer.r}, alpha={layer.alpha}, the adapter r={r}, alpha={alpha}; "
-                "its outputs would be scaled wrongly"
-            )
+    others = {
+        name: f"{name} has r={layer.r}, alpha={layer.alpha}"
+        for name, layer in layers.items()
+        if (layer.r, layer.alpha) != (r, alpha)
+    }
+    if others:
+        raise AdapterMismatchError(
+            f"the adapter has r={r}, alpha={alpha}, but {_list(others.values())}; the outputs "
+            "would be scaled wrongly",
+            [f"{PEFT_PREFIX}{name}.{part}.weight" for name in others for part in _PARTS],
+        )
     if layers:
         load_adapters(model, tensors, allow_untrained=allow_untrained)
         return config
@@ -293,7 +342,12 @@ def load_adapter(
     if lost := [name for name in names if name not in linear]:
         raise AdapterMismatchError(
             f"{len(lost)} of the adapted layers are no nn.Linear of this model: {_list(lost)}. Use "
-            "the base model that the adapter was trained on"
+            "the base model that the adapter was trained on",
+            [
+                n
+                for n in tensors
+                if n.removeprefix(PEFT_PREFIX).startswith(tuple(f"{name}." for name in lost))
+            ],
         )
     try:
         add_lora(model, r, alpha, targets=names, dropout=config.get("lora_dropout", 0.0), bias=bias)
@@ -365,6 +419,7 @@ def _why_not(module: nn.Module) -> str:
     return f"{kind} is not a plain nn.Linear"
 
 
-def _list(items: Sequence[str]) -> str:
+def _list(items: Iterable[str]) -> str:
+    items = list(items)
     rest = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return "; ".join(items[:LISTED]) + rest

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import warnings
 
 import pytest
@@ -271,6 +272,22 @@ def test_another_rank_lists_the_tensors():
         load_adapters(model, trained_tensors(other))
     assert str(error.value).startswith("28 tensors do not fit: ")
     assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
+    assert error.value.tensors == tuple(adapter_tensors(model))
+
+
+def test_a_mismatch_has_the_names_of_all_kinds_and_survives_pickling():
+    model = make("Llama")
+    add_lora(model, r=4, alpha=8)
+    tensors = trained_tensors(model)
+    shorter = tensors.pop(LAST)
+    names = list(tensors)
+    tensors[names[0]] = shorter
+    tensors["zz.lora_A"] = shorter
+    with pytest.raises(AdapterMismatchError) as error:
+        load_adapters(model, tensors)
+    assert sorted(error.value.tensors) == sorted([LAST, "zz.lora_A", names[0]])
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.tensors) == (str(error.value), error.value.tensors)
 
 
 def test_an_untrained_adapter_loads_if_that_is_said():
@@ -378,15 +395,18 @@ def test_a_cut_file_and_a_missing_one_are_refused(tmp_path):
 
 def test_an_adapter_for_other_layers_lists_them(tmp_path):
     folder = saved(tmp_path)
-    with pytest.raises(AdapterMismatchError, match=r"14 of the adapted layers.*q_proj"):
+    with pytest.raises(AdapterMismatchError, match=r"14 of the adapted layers.*q_proj") as error:
         load_adapter(make("GPT-NeoX"), folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert len(stored) == 28 and sorted(error.value.tensors) == sorted(stored)
 
 
 def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
     folder, model = saved(tmp_path), make("Llama")
     replace_linear_layers(model, r=4, alpha=16)
-    with pytest.raises(AdapterMismatchError, match="scaled wrongly"):
+    with pytest.raises(AdapterMismatchError, match="scaled wrongly") as error:
         load_adapter(model, folder)
+    assert error.value.tensors == tuple(adapter_tensors(model))
 
 
 def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -426,6 +446,20 @@ def test_conv1d_of_gpt2_is_refused_in_clear_words(targets):
     with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
         replace_linear_layers(model, r=4, alpha=8, targets=targets)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_reasons_against_gpt2_do_not_blame_a_plain_linear_layer():
+    with pytest.raises(LoRAError, match="Conv1D") as error:
+        find_linear_layers(make("GPT-2"))
+    assert "LayerNorm is not a plain nn.Linear" in str(error.value)
+    assert "; Linear is not" not in str(error.value)
+
+
+def test_where_every_linear_layer_is_left_out_the_reason_says_so():
+    with pytest.raises(LoRAError, match="all are left out"):
+        find_linear_layers(nn.Sequential(nn.Linear(4, 4)), skip=["0"])
+    with pytest.raises(LoRAError, match="no weights"):
+        find_linear_layers(nn.Sequential(nn.ReLU()))
 
 
 @pytest.mark.parametrize("architecture", sorted(MODULES))
