@@ -14,6 +14,8 @@ _HOME = {
     "QuantizedTensor": "double_quant",
     "LoRALinear": "lora",
     "QLoRALinear": "qlora",
+    "plan_memory": "memory",
+    "PagedAdamW": "paging",
     "FinetuneConfig": "finetune",
     "finetune": "finetune",
 }

@@ -1,6 +1,7 @@
 """The command line, for the jobs that the course does from a notebook.
 
 python -m qlora_edu doctor                       is this machine ready?
+python -m qlora_edu plan llama-7b --card 24      will a training step fit?
 python -m qlora_edu finetune --preset embedded   QLoRA from start to finish
 """
 
@@ -15,6 +16,10 @@ def main(argv: list[str] | None = None) -> int:
         from qlora_edu.course import doctor
 
         return doctor.main(rest)
+    if command == "plan":
+        from qlora_edu.memory import main as plan_main
+
+        return plan_main(rest)
     if command == "finetune":
         from qlora_edu.finetune import main as finetune_main
 
@@ -22,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     print(__doc__.strip())
     if command in ("-h", "--help"):
         return 0
-    print(f"\nno command {command!r}: doctor or finetune", file=sys.stderr)
+    print(f"\nno command {command!r}: doctor, plan or finetune", file=sys.stderr)
     return 2
 
 

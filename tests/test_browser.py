@@ -34,6 +34,7 @@ EXPLORED = [
     ("03_double_quantisation", 2),
     ("04_lora_math", 3),
     ("05_qlora_linear", 2),
+    ("06_memory_budget", 3),
     ("09_finetune_7b", 1),
 ]
 

@@ -9,6 +9,8 @@ from qlora_edu import quantize
 from qlora_edu.course import checks, figures, plots, widgets
 from qlora_edu.course.checks.chapter_00 import OpenCheck
 from qlora_edu.course.widgets import chapter_00, chapter_09
+from qlora_edu.memory import GIB, plan_memory
+from qlora_edu.rehearsal import ROWS
 
 PNG = b"\x89PNG"
 
@@ -89,6 +91,31 @@ def test_token_boxes_are_coloured_by_what_happens_to_them():
     colors = [plots.plt.matplotlib.colors.to_hex(p.get_facecolor()) for p in figure.axes[0].patches]
     orange = plots.PALETTE["adapter"].lower()
     assert colors == [figures.PALE_GREY.lower(), orange, orange, "#ffffff"]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "card"),
+    [("qwen2.5-0.5b", "qlora", 8), ("qwen2.5-0.5b", "full", 80), ("llama-65b", "full", 24)],
+)
+def test_budget_bars_add_up_and_the_title_is_the_plan_s_sentence(model, method, card):
+    plan = plan_memory(model, method, batch=2, length=64)
+    figure = figures.draw_budget(plan, card)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == plan.sentence(card)
+    sums = {}
+    for bar in ax.patches:
+        if bar.get_height() == pytest.approx(0.62):
+            row = round(bar.get_y() + 0.31)
+            sums[row] = sums.get(row, 0) + bar.get_width()
+    for row, (moment, rows) in enumerate(plan.moments.items()):
+        assert sums[row] == pytest.approx(sum(rows.values()) / GIB), moment
+    assert any(f"{plan.peak_bytes / GIB:,.1f} GiB, the peak" in text for text in texts(figure))
+    inside(figure)
+
+
+def test_every_row_of_a_ledger_has_a_style_of_its_own():
+    assert set(figures.ROW_STYLES) == set(ROWS)
+    assert figures.row_style("adapters", "lora")["facecolor"] == plots.PALETTE["adapter"]
 
 
 def test_the_readme_picture_is_the_one_that_is_drawn(tmp_path):

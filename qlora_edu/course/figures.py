@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_edu.blockwise import block_absmax, pack_nibbles, split_blocks
 from qlora_edu.codebooks import assign
 from qlora_edu.course.plots import PALETTE, figure_png, use_style
+from qlora_edu.memory import GIB, RESERVE, MemoryPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "qlora_in_one_picture.png"
@@ -376,6 +377,85 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
     smallest = sum(training_gigabytes(size, "qlora", rank).values())
     ax.set_title(f"LLaMA-{size} at r = {rank}: QLoRA needs {smallest:.1f} GB before activations")
     ax.set_xlabel("GB (10⁹ bytes); dashed: cards; activations are not counted")
+    return figure
+
+
+ROW_STYLES = {
+    "quantised weights": (PALETTE["quantized"], ""),
+    "quantisation constants": ("#083D7F", ""),
+    "linear weights": (PALETTE["base"], ""),
+    "embeddings and head": ("#5F5F5F", ""),
+    "norms and the rest": ("#5F5F5F", ""),
+    "adapters": (PALETTE["adapter"], ""),
+    "optimizer states": ("#FBE7C2", "////"),
+    "gradients": (PALETTE["gradient"], ""),
+    "activations": ("#C4C4C4", ""),
+    "logits and loss": (PALETTE["highlight"], ""),
+    "dequantised weights": ("#8FBFE0", ""),
+    "workspace": ("#B7A8D6", ""),
+}
+"""Colour and hatch of each row of a memory ledger."""
+
+
+def row_style(row: str, method: str) -> dict[str, object]:
+    """How to paint a row of the ledger; what is trained is orange, whatever it is.
+
+    >>> row_style("linear weights", "full")["facecolor"] == PALETTE["adapter"]
+    True
+    """
+    color, hatch = ROW_STYLES[row]
+    if method == "full" and row in ("linear weights", "embeddings and head", "norms and the rest"):
+        color = PALETTE["adapter"]
+    edge = PALETTE["adapter"] if hatch else color
+    return {"facecolor": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0}
+
+
+def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
+    """A training step's memory at each of its four moments, against the memory of a card.
+
+    The peak is painted in full colours, the other moments pale; the title is the plan's sentence.
+
+    >>> from qlora_edu.memory import plan_memory
+    >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch=4), 24)
+    >>> [text.get_text() for text in figure.axes[0].texts if "peak" in text.get_text()]
+    [' 6.8 GiB, the peak']
+    >>> plt.close(figure)
+    """
+    figure, ax = plt.subplots(figsize=(10, 4))
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    shown: dict[str, Rectangle] = {}
+    for y, (moment, rows) in enumerate(plan.moments.items()):
+        left, at_peak = 0.0, moment == plan.peak_moment
+        for row in ROW_STYLES:
+            width = rows.get(row, 0) / GIB
+            if not width:
+                continue
+            style = row_style(row, plan.settings.method)
+            ax.barh(y, width, left=left, height=0.62, alpha=1 if at_peak else 0.35, **style)
+            left += width
+            if at_peak and width > 0.002 * plan.peak_bytes / GIB:
+                shown[row] = Rectangle((0, 0), 1, 1, **style)
+        text = f" {left:,.1f} GiB" + (", the peak" if at_peak else "")
+        weight = "bold" if at_peak else "normal"
+        ax.text(left + 0.004 * plan.peak_bytes / GIB, y, text, va="center", weight=weight, bbox=box)
+    green = PALETTE["device"]
+    ax.axvline(card_gib, color=green, linestyle="--")
+    ax.axvspan(card_gib - RESERVE / GIB, card_gib, color=green, alpha=0.2, linewidth=0)
+    side = "left" if card_gib < 0.7 * plan.peak_bytes / GIB else "right"
+    label = f" {card_gib:g} GB card, with its reserve "
+    ax.text(card_gib, -0.62, label, color=green, ha=side, va="center", fontsize=10, bbox=box)
+    ax.set(yticks=range(len(plan.moments)), yticklabels=list(plan.moments))
+    ax.set(ylim=(len(plan.moments) - 0.5, -0.9))
+    ax.set(xlim=(0, max(1.26 * plan.peak_bytes / GIB, 1.03 * card_gib)))
+    kind = {"full": "", "houlsby": f", bottleneck {plan.settings.bottleneck}"}
+    kind = kind.get(plan.settings.method, f", r = {plan.settings.r}")
+    rows_of = f"{plan.batch} row{'s' * (plan.batch > 1)} of {plan.length:,} tokens"
+    ax.set_xlabel(f"GiB on the device; {rows_of}{kind}, {plan.optimizer}")
+    ax.grid(False)
+    figure.legend(
+        list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=10
+    )
+    ax.set_title(plan.sentence(card_gib), fontsize=11.5)
     return figure
 
 

@@ -33,6 +33,7 @@ from qlora_edu.course.widgets.chapter_05 import (
     merge_outcome,
     render_merge_survival,
 )
+from qlora_edu.course.widgets.chapter_06 import budget_explorer, render_budget
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
 
@@ -44,6 +45,7 @@ __all__ = [
     "UPDATE_SIZES",
     "Explorer",
     "bits_with_constants",
+    "budget_explorer",
     "constants_explorer",
     "lora_explorer",
     "low_rank_errors",
@@ -53,6 +55,7 @@ __all__ = [
     "nf4_explorer",
     "nf4_rms_error",
     "outlier_explorer",
+    "render_budget",
     "render_constants",
     "render_low_rank",
     "render_merge_survival",

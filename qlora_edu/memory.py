@@ -1,0 +1,444 @@
+"""Chapter 6. Where every byte of a training step goes, and whether it fits on the card.
+
+A step holds two sorts of bytes. Some stay: weights, adapters, the optimizer's states. They are
+arithmetic over shapes. Others come and go: activations on the way forward, workspace and gradients
+on the way back. They are heard in a rehearsal of the step without memory (``rehearsal.py``). The
+*peak*, the largest sum of both at any moment, decides whether the step fits.
+
+Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 2; Chen et
+al., "Training Deep Nets with Sublinear Memory Cost" (2016), for gradient checkpointing.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora_edu.rehearsal import KINDS, ROWS, PlanError, Rehearsal, StepSettings, rehearse
+
+GIB = 2**30
+RESERVE = GIB
+"""Bytes of a card that no tensor gets: CUDA's context, its libraries, gaps between allocations."""
+
+OPTIMIZERS = ("adamw", "adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+ALWAYS_32_BIT = 4096
+"""bitsandbytes keeps the states of smaller tensors in float32."""
+NEVER_PAGED = 100_000
+"""bitsandbytes keeps the states of tensors with fewer elements on the device."""
+
+
+def _llama(width: int, inner: int, blocks: int, heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+        **others,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-7b": _llama(4096, 11008, 32, 32),
+    "llama-13b": _llama(5120, 13824, 40, 40),
+    "llama-33b": _llama(6656, 17920, 60, 52),
+    "llama-65b": _llama(8192, 22016, 80, 64),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, num_key_value_heads=8),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "gpt2": {"model_type": "gpt2"},
+    "qwen2.5-0.5b": _llama(
+        896,
+        4864,
+        24,
+        14,
+        model_type="qwen2",
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+}
+"""Shapes that the literature speaks of; any other model comes as a configuration."""
+
+
+class DoesNotFitError(MemoryError):
+    """A step would need more memory than there is."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The ledger of one training step, in bytes; ``plan_memory`` makes it.
+
+    >>> plan = plan_memory("llama-7b", "qlora", length=512)
+    >>> print(plan.sentence(24))  # doctest: +ELLIPSIS
+    llama-7b, qlora: fits on a 24 GB card with ... GiB to spare; longest sequence ...
+    """
+
+    name: str
+    config: Any
+    settings: StepSettings
+    batch: int
+    length: int
+    optimizer: str
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise PlanError(f"optimizer must be one of {OPTIMIZERS}, not {self.optimizer!r}")
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """What the step was heard to do."""
+        return rehearse(self.config, self.settings, self.batch, self.length)
+
+    @cached_property
+    def held(self) -> dict[str, int]:
+        """Bytes that stay on the device through the whole step: weights and optimizer states."""
+        return {**self.rehearsal.weights, "optimizer states": self.state_bytes - self.host_bytes}
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of all optimizer states, wherever they are."""
+        return sum(_state_bytes(n, nbytes, self.optimizer) for n, nbytes in self.rehearsal.trained)
+
+    @cached_property
+    def host_bytes(self) -> int:
+        """Bytes of optimizer states that a paged optimizer can push out to the host."""
+        if not self.optimizer.startswith("paged"):
+            return 0
+        large = [(n, nbytes) for n, nbytes in self.rehearsal.trained if n >= NEVER_PAGED]
+        return sum(_state_bytes(n, nbytes, self.optimizer) for n, nbytes in large)
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients; each has the dtype of its parameter."""
+        return sum(nbytes for _, nbytes in self.rehearsal.trained)
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes of activations that wait for the backward pass when the last block is through."""
+        head = self.rehearsal.marks["head"]
+        return round(self.rehearsal.live(self.batch, self.length)[head - 1].sum())
+
+    @cached_property
+    def moments(self) -> dict[str, dict[str, int]]:
+        """For each part of the step the rows of the ledger at its worst event."""
+        live, marks = self.rehearsal.live(self.batch, self.length), self.rehearsal.marks
+        head, turn = marks["head"], marks[f"back to {self.rehearsal.blocks}"]
+        parts = {
+            "forward": live[:head],
+            "logits and loss": live[head:turn],
+            "backward": live[turn:],
+        }
+        moments = {}
+        for name, part in parts.items():
+            worst = part[part.sum(axis=1).argmax()]
+            heard = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
+            moments[name] = {**self.held, **heard}
+        moments["optimizer step"] = {
+            **self.held,
+            "optimizer states": self.state_bytes,
+            "gradients": self.gradient_bytes,
+            "workspace": self._optimizer_workspace(),
+        }
+        return moments
+
+    def _optimizer_workspace(self) -> int:
+        # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
+        # one on a CPU, those of all parameters at a time on CUDA. Fused kernels need none.
+        sizes = [nbytes for _, nbytes in self.rehearsal.trained]
+        if self.optimizer != "adamw":
+            return 0
+        return sum(sizes) if self.settings.device == "cuda" else 2 * max(sizes)
+
+    @property
+    def peak_moment(self) -> str:
+        """The part of the step with the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The rows of the ledger at the peak; they add up to it."""
+        return self.moments[self.peak_moment]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that live on the device at once."""
+        return sum(self.rows.values())
+
+    def at(self, **changes: Any) -> Self:
+        """The same step with another batch, length or optimizer."""
+        return replace(self, **changes)
+
+    def longest_length(self, card_gib: float, reserve: int = RESERVE) -> int:
+        """The most tokens a row may have for the step to fit; 0 if it never does."""
+        low, high = 0, 2**24
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.at(length=middle).peak_bytes <= card_gib * GIB - reserve:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def sentence(self, card_gib: float, reserve: int = RESERVE) -> str:
+        """Say whether it fits on a card, with how much to spare, and how long a row may be.
+
+        The card's memory is taken at its word (a "24 GB" card has 24 GiB), less ``reserve``.
+        """
+        spare = card_gib * GIB - reserve - self.peak_bytes
+        verdict = f"fits on a {card_gib:g} GB card with {spare / GIB:,.1f} GiB to spare"
+        if spare < 0:
+            verdict = f"does not fit on a {card_gib:g} GB card: {-spare / GIB:,.1f} GiB too much"
+        longest = self.longest_length(card_gib, reserve)
+        return f"{self.name}, {self.settings.method}: {verdict}; longest sequence {longest:,}"
+
+    def table(self) -> str:
+        """The ledger in GiB: a row for each sort of byte, a column for each part of the step."""
+        moments = self.moments
+        names = [row for row in ROWS if any(moment.get(row) for moment in moments.values())]
+        head = f"{'GiB':<24}" + "".join(f"{moment:>17}" for moment in moments)
+        lines = [
+            f"{row:<24}" + "".join(f"{m.get(row, 0) / GIB:>17.3f}" for m in moments.values())
+            for row in names
+        ]
+        sums = "".join(f"{sum(m.values()) / GIB:>17.3f}" for m in moments.values())
+        notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
+        if self.host_bytes:
+            notes.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
+        return "\n".join([head, *lines, f"{'sum':<24}{sums}", *notes])
+
+
+def plan_memory(
+    model: Any,
+    method: str = "qlora",
+    *,
+    batch: int = 1,
+    length: int = 512,
+    optimizer: str = "adamw",
+    **settings: Any,
+) -> MemoryPlan:
+    """Plan the memory of a training step: forward, backward, clipping, optimizer step.
+
+    Args:
+        model: a name in ``MODELS``, a folder with a ``config.json``, a Hugging Face configuration
+            of any causal language model, or such a model.
+        method: "full", "lora", "qlora" or "houlsby".
+        batch, length: rows of a step, and tokens of each.
+        optimizer: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others
+            are bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can
+            push out to the host counts on the device only in the optimizer step.
+        settings: fields of ``StepSettings``: rank, targets, dtypes, checkpointing and so on.
+
+    Raises:
+        PlanError: naming what is wrong with the model or a setting; see also ``rehearse``.
+
+    >>> plan = plan_memory({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+    ...     "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}, "full",
+    ...     dtype="float32")
+    >>> plan.held["linear weights"]  # 4 bytes · 2 blocks · (4·64² + 3·64·128)
+    327680
+    """
+    names = [field.name for field in fields(StepSettings) if field.name != "method"]
+    for name in settings:
+        if name not in names:
+            raise PlanError(f"no setting {name!r}; there are {', '.join(names)}")
+    if isinstance(settings.get("targets"), list):
+        settings["targets"] = tuple(settings["targets"])
+    name, config = _configuration(model)
+    step = StepSettings(method=method, **settings)
+    plan = MemoryPlan(name, config, step, batch, length, optimizer)
+    _ = plan.rehearsal  # what is wrong with the model is said now
+    return plan
+
+
+def _configuration(model: Any) -> tuple[str, Any]:
+    """The name and the Hugging Face configuration of whatever ``plan_memory`` was given."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if isinstance(model, nn.Module):
+        model = getattr(model, "config", model)
+    if isinstance(model, PreTrainedConfig):
+        return model.model_type, model
+    if isinstance(model, str | Path) and str(model) not in MODELS:
+        name, model = str(model), Path(model) / "config.json"
+        if not model.is_file():
+            raise PlanError(
+                f"{name!r} is neither a folder with a config.json nor one of {', '.join(MODELS)}; "
+                "for a model on the Hub pass AutoConfig.from_pretrained(name)"
+            )
+        model = json.loads(model.read_text(encoding="utf-8"))
+    else:
+        name = str(model) if isinstance(model, str) else ""
+        model = MODELS.get(name, model)
+    try:
+        shape = dict(model)
+        kind = shape.pop("model_type")
+        return name or kind, AutoConfig.for_model(kind, **shape)
+    except (TypeError, ValueError, KeyError) as error:
+        raise PlanError(f"this describes no model ({error}): {model!r}") from error
+
+
+def _state_bytes(n: int, nbytes: int, optimizer: str) -> int:
+    """Bytes of the two running means of a trained tensor of ``n`` numbers and ``nbytes`` bytes.
+
+    >>> [_state_bytes(65536, 131072, name) for name in ("adamw", "adamw_32bit", "adamw_8bit")]
+    [262144, 524288, 133120]
+    """
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adamw":
+        return 2 * nbytes
+    if optimizer.endswith("32bit") or n < ALWAYS_32_BIT:
+        return 2 * 4 * n
+    return 2 * (n + 4 * -(-n // 256))
+
+
+def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> int:
+    """Refuse rows that would end a training run late; returns the longest length that fits.
+
+    ``lengths`` are the token counts of the rows that will be trained on. One row too long among
+    thousands comes after minutes or after hours; here it comes first.
+
+    Raises:
+        DoesNotFitError: naming the rows, their lengths, and what to do.
+
+    >>> plan = plan_memory("llama-7b", "qlora", batch=4)
+    >>> check_lengths(plan, [512, 600, 200000], card_gib=24)  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    qlora_edu.memory.DoesNotFitError: 1 of 3 rows is too long for a 24 GB card at batch 4: ...
+    """
+    longest = plan.longest_length(card_gib)
+    over = [(row, length) for row, length in enumerate(lengths) if length > longest]
+    if over:
+        named = ", ".join(f"row {row} with {length:,} tokens" for row, length in over[:5])
+        more = f" and {len(over) - 5} more" if len(over) > 5 else ""
+        raise DoesNotFitError(
+            f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
+            f"a {card_gib:g} GB card at batch {plan.batch}: {named}{more}. At most {longest:,} "
+            "tokens fit: cut or drop these rows, or use a smaller batch, a smaller rank or "
+            "checkpointing"
+        )
+    return longest
+
+
+class Trace(NamedTuple):
+    """Live bytes on the CPU above those at the start, after each allocation and release."""
+
+    seconds: np.ndarray
+    live: np.ndarray
+
+    @property
+    def peak(self) -> int:
+        """The most that was live at once."""
+        return int(self.live.max(initial=0))
+
+
+def trace_memory(step: Callable[[], Any]) -> Trace:
+    """Call ``step()`` and take down what PyTorch's allocator does meanwhile, to the byte.
+
+    >>> trace_memory(lambda: torch.ones(1000).exp()).peak  # 4 bytes a number, twice
+    8000
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with _mute(2), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = record.profiler.kineto_results.events()
+    found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    when, changes = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return Trace((when - when[:1].sum()) / 1e9, np.cumsum(changes))
+
+
+@contextmanager
+def _mute(descriptor: int) -> Iterator[None]:
+    """Hold back what compiled code writes there: the profiler announces itself at each start."""
+    kept = os.dup(descriptor)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Forget what a block computed on the way forward, and compute it again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.block, ctx.dice = block, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        return block(x)  # inside a Function nothing is recorded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.set_rng_state(ctx.dice)  # dropout must fall as it fell before
+            y = ctx.block(x)
+        torch.autograd.backward(y, grad_y)
+        return None, x.grad
+
+
+def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``block(x)``, keeping only ``x`` for the backward pass: gradient checkpointing on a CPU.
+
+    The block runs twice, and its activations live for the length of its own backward pass. As in
+    PyTorch's reentrant variant ``x`` must require a gradient, or the block's parameters get none.
+    Equals ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)``.
+
+    Raises:
+        PlanError: if gradients are on and ``x`` requires none.
+
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> recompute(torch.exp, x).sum().backward()
+    >>> torch.equal(x.grad, x.exp())
+    True
+    """
+    if torch.is_grad_enabled() and not x.requires_grad:
+        raise PlanError(
+            "the input of a recomputed block must require a gradient, or its parameters would get "
+            "none; call x.requires_grad_(), or model.enable_input_require_grads()"
+        )
+    return _Recomputed.apply(block, x)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: ``plan llama-7b --card 24 --method qlora batch=4 r=64``."""
+    import yaml
+
+    parser = argparse.ArgumentParser(prog="qlora_edu plan", description="Will it fit?")
+    parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="batch, length, r, ...")
+    parser.add_argument("--method", default="qlora", help="full, lora, qlora or houlsby")
+    parser.add_argument("--card", type=float, default=24, metavar="GB", help="the card's memory")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        pairs = [setting.partition("=") for setting in arguments.settings]
+        chosen = {name: yaml.safe_load(value) for name, _, value in pairs}
+        plan = plan_memory(arguments.model, arguments.method, **chosen)
+    except (PlanError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{plan.name}, {plan.settings.method}: batch {plan.batch} of {plan.length:,} tokens")
+    print(plan.table())
+    print(plan.sentence(arguments.card))
+    return 0
