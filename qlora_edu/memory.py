@@ -331,8 +331,8 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
         raise DoesNotFitError(
             f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
             f"a {card_gib:g} GB card at batch {plan.batch}: {named}{more}. At most {longest:,} "
-            "tokens fit: cut or drop these rows, or use a smaller batch, a smaller rank or "
-            "checkpointing"
+            "tokens fit: cut or drop these rows, or make room with a smaller batch"
+            f"{'' if plan.settings.checkpointing else ' or with checkpointing=True'}"
         )
     return longest
 

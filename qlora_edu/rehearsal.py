@@ -534,19 +534,27 @@ def rehearse(config: Any, settings: StepSettings, batch: int = 2, length: int = 
     sliding window, which bring a mask.
 
     Raises:
-        PlanError: see ``build_model``; or if the model's steps depend on the numbers in it, which
-            do not exist here (a mixture of experts), or on the length.
+        PlanError: see ``build_model``; or if a step needs the numbers themselves, which do not
+            exist here, or takes other operations at another length.
     """
     window = getattr(config.get_text_config(), "sliding_window", None) or 0
     beyond = window if length > window else 0
-    return _rehearse_cached(config.to_json_string(), type(config), settings, min(batch, 2), beyond)
+    # The choice of an attention is no part of a configuration's JSON, but decides what is kept.
+    attention = getattr(config, "_attn_implementation", None)
+    shape = config.to_json_string()
+    return _rehearse_cached(shape, type(config), attention, settings, min(batch, 2), beyond)
 
 
 @lru_cache(maxsize=256)
 def _rehearse_cached(
-    config_json: str, kind: type, settings: StepSettings, batch: int, beyond: int
+    config_json: str,
+    kind: type,
+    attention: str | None,
+    settings: StepSettings,
+    batch: int,
+    beyond: int,
 ) -> Rehearsal:
-    config = kind.from_dict(json.loads(config_json))
+    config = kind.from_dict(json.loads(config_json), attn_implementation=attention)
     depth = config.get_text_config().num_hidden_layers
     collecting = gc.isenabled()
     gc.collect()
