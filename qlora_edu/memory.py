@@ -202,9 +202,10 @@ class MemoryPlan:
         The card's memory is taken at its word (a "24 GB" card has 24 GiB), less ``reserve``.
         """
         spare = card_gib * GIB - reserve - self.peak_bytes
-        verdict = f"fits on a {card_gib:g} GB card with {spare / GIB:,.1f} GiB to spare"
+        card = f"{'an' if f'{card_gib:g}'.startswith('8') else 'a'} {card_gib:g} GB card"
+        verdict = f"fits on {card} with {spare / GIB:,.1f} GiB to spare"
         if spare < 0:
-            verdict = f"does not fit on a {card_gib:g} GB card: {-spare / GIB:,.1f} GiB too much"
+            verdict = f"does not fit on {card}: {-spare / GIB:,.1f} GiB too much"
         longest = self.longest_length(card_gib, reserve)
         return f"{self.name}, {self.settings.method}: {verdict}; longest sequence {longest:,}"
 

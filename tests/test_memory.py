@@ -253,6 +253,7 @@ def test_the_sentence():
     )
     assert "does not fit on a 4 GB card" in plan.sentence(4)
     assert "longest sequence 0" in plan.sentence(4)
+    assert "fits on an 8 GB card" in plan.sentence(8)
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,33 @@ def test_the_merge_lab_holds_every_merge():
     for row in report["rows"]:
         assert row["surviving_share"].keys() == {"4-bit", "dequantized", "original"}
         assert row["exact_match"].keys() == {"unmerged", "4-bit", "dequantized", "original"}
+
+
+def test_the_readme_says_how_right_the_planner_is_and_what_paging_costs():
+    memory = json.loads((ROOT / "data" / "results" / "memory.json").read_text())
+    measured = memory["rows"] + memory["held_out"]
+    worst = max(abs(row["error"]) for row in measured)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Held against {len(measured)} real steps" in readme
+    assert len({row["model"] for row in measured}) == 12 and "twelve architectures" in readme
+    assert f"{len(memory['held_out'])} of the steps drawn at random" in readme
+    assert f"at most {math.ceil(1000 * worst) / 10} %" in readme
+    paging = json.loads((ROOT / "data" / "results" / "paging.json").read_text())
+    at_a_tenth = {
+        row["page_bytes"]: row["ratio"]
+        for row in paging["rows"]
+        if row["budget_share"] == 0.1 and row["prefetch"]
+    }
+    assert f"it takes {at_a_tenth[2**20]:.1f} times as long" in readme
+    assert f"in pages of 16 KiB {at_a_tenth[2**14]:.0f} times" in readme
+
+
+def test_every_paged_step_moved_what_the_theory_says():
+    report = json.loads((ROOT / "data" / "results" / "paging.json").read_text())
+    for row in report["rows"]:
+        pages = report["state_bytes"] // row["page_bytes"]
+        fits = row["budget_bytes"] >= report["state_bytes"]
+        assert row["hits"] == (pages if fits else 0)
+        assert row["faults"] + row["prefetched"] == (0 if fits else pages)
+        assert row["bytes_in"] == row["bytes_out"] == (0 if fits else report["state_bytes"])
+        assert row["ratio"] == pytest.approx(row["paged_s"] / row["plain_s"])
