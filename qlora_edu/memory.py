@@ -136,6 +136,11 @@ class MemoryPlan:
         return round(self.rehearsal.live(self.batch, self.length)[head - 1].sum())
 
     @cached_property
+    def without_checkpointing(self) -> Self:
+        """The same step with every activation kept."""
+        return replace(self, settings=replace(self.settings, checkpointing=False))
+
+    @cached_property
     def moments(self) -> dict[str, dict[str, int]]:
         """For each part of the step the rows of the ledger at its worst event."""
         live, marks = self.rehearsal.live(self.batch, self.length), self.rehearsal.marks
@@ -220,6 +225,12 @@ class MemoryPlan:
         ]
         sums = "".join(f"{sum(m.values()) / GIB:>17.3f}" for m in moments.values())
         notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
+        if self.settings.checkpointing:
+            kept = self.without_checkpointing
+            notes.append(
+                f"activations when the loss begins: {self.activation_bytes / GIB:.3f} GiB; without "
+                f"checkpointing {kept.activation_bytes / GIB:.3f}"
+            )
         if self.host_bytes:
             notes.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
         return "\n".join([head, *lines, f"{'sum':<24}{sums}", *notes])
