@@ -408,7 +408,7 @@ def without_memory(settings: StepSettings) -> Iterator[None]:
     """Inside, tensors have a shape and no memory, as a step with these settings needs them."""
     from qlora_edu.loading import quiet
 
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet():
         # Tables that are made at their first use must be real, since they outlive the fake mode.
         quantize(torch.ones(64)).dequantize()
         if settings.stack == "bitsandbytes":
@@ -530,8 +530,8 @@ class Rehearsal:
 def rehearse(config: Any, settings: StepSettings, batch: int = 2, length: int = 512) -> Rehearsal:
     """Rehearse a step of this model; takes a second at the first call, and nothing afterwards.
 
-    A batch of one is a case of its own (slices of it need no copy), and so are lengths beyond a
-    sliding window, which bring a mask.
+    A batch of one may be a case of its own (a slice of it needs no copy), and lengths beyond a
+    sliding window are one: they bring a mask.
 
     Raises:
         PlanError: see ``build_model``; or if a step needs the numbers themselves, which do not
