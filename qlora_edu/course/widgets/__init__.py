@@ -34,16 +34,22 @@ from qlora_edu.course.widgets.chapter_05 import (
     render_merge_survival,
 )
 from qlora_edu.course.widgets.chapter_06 import budget_explorer, render_budget
+from qlora_edu.course.widgets.chapter_07 import (
+    paging_explorer,
+    record_trace,
+    render_paging,
+    replay_trace,
+)
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
 
 __all__ = [
     "DRAWS",
+    "Explorer",
     "FLOAT32",
     "MERGE_NAMES",
     "OFFSETS",
     "UPDATE_SIZES",
-    "Explorer",
     "bits_with_constants",
     "budget_explorer",
     "constants_explorer",
@@ -55,14 +61,18 @@ __all__ = [
     "nf4_explorer",
     "nf4_rms_error",
     "outlier_explorer",
+    "paging_explorer",
+    "record_trace",
     "render_budget",
     "render_constants",
     "render_low_rank",
     "render_merge_survival",
     "render_nf4_bins",
     "render_outlier_map",
+    "render_paging",
     "render_trained_tokens",
     "render_training_memory",
+    "replay_trace",
     "scaled_weights",
     "synthetic_update",
     "tokens_explorer",
