@@ -35,6 +35,7 @@ EXPLORED = [
     ("04_lora_math", 3),
     ("05_qlora_linear", 2),
     ("06_memory_budget", 3),
+    ("07_paged_optimizers", 2),
     ("09_finetune_7b", 1),
 ]
 
