@@ -172,24 +172,23 @@ def _faults(accesses: Sequence[int], frames: int) -> list[bool]:
     return [table.access(page).fault for page in accesses]
 
 
-_OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-
-
 def paged_steps(
-    parameter: Tensor, gradients: Sequence[Tensor], width: int
+    parameter: Tensor, gradients: Sequence[Tensor], width: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """AdamW with one frame of ``width`` elements; returns parameter ``[n]`` and host ``[2, n]``.
 
-    >>> paged_steps(torch.ones(3), [torch.ones(3)], width=2)[0]
-    tensor([0.8990, 0.8990, 0.8990])
+    >>> options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    >>> paged_steps(torch.ones(3), [torch.ones(3)], 2, options)[0]
+    tensor([0.9000, 0.9000, 0.9000])
     """
-    return _run_pages(parameter, gradients, width)
+    return _run_pages(parameter, gradients, width, options)
 
 
 def _run_pages(
     parameter: Tensor,
     gradients: Sequence[Tensor],
     width: int,
+    options: dict[str, Any],
     *,
     write_back: bool = True,
     step_of: Callable[[int, int, int], int] = lambda step, page, pages: step,
@@ -204,7 +203,7 @@ def _run_pages(
             part = slice(page * width, (page + 1) * width)
             frame = host[:, part].clone() if keep else torch.zeros_like(host[:, part])
             number = step_of(step, page, pages)
-            adamw_update(parameter[part], gradient[part], *frame, number, **_OPTIONS)
+            adamw_update(parameter[part], gradient[part], *frame, number, **options)
             if write_back:
                 host[:, part] = frame
     return parameter, host
@@ -218,24 +217,26 @@ ex_7_4 = Check(
             "parameter": torch.randn(n, generator=random),
             "gradients": [torch.randn(n, generator=random) for _ in range(steps)],
             "width": width,
+            "options": {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01},
         }
         for n, steps, width in ((10, 3, 4), (6, 2, 3), (5, 4, 8))
     ],
     mistakes=(
         Mistake(
             "no write-back",
-            lambda parameter, gradients, width: _run_pages(
-                parameter, gradients, width, write_back=False
+            lambda parameter, gradients, width, options: _run_pages(
+                parameter, gradients, width, options, write_back=False
             ),
             "the frame is a copy: unless it is written back the host tier stays at zero, and "
             "every step is AdamW's first",
         ),
         Mistake(
             "a step for each page",
-            lambda parameter, gradients, width: _run_pages(
+            lambda parameter, gradients, width, options: _run_pages(
                 parameter,
                 gradients,
                 width,
+                options,
                 step_of=lambda step, page, pages: (step - 1) * pages + page + 1,
             ),
             "the step number grows once a step and not once a page, or the bias correction of "
@@ -243,15 +244,17 @@ ex_7_4 = Check(
         ),
         Mistake(
             "the last page is lost",
-            lambda parameter, gradients, width: _run_pages(parameter, gradients, width, last=False),
+            lambda parameter, gradients, width, options: _run_pages(
+                parameter, gradients, width, options, last=False
+            ),
             "the last page may be shorter than the others; it is a page all the same",
         ),
         Mistake(
-            "the step starts at zero",
-            lambda parameter, gradients, width: _run_pages(
-                parameter, gradients, width, step_of=lambda step, page, pages: step + 1
+            "the step starts at two",
+            lambda parameter, gradients, width, options: _run_pages(
+                parameter, gradients, width, options, step_of=lambda step, page, pages: step + 1
             ),
-            "steps count from 1: the bias correction of the first step is 1 − β",
+            "steps count from 1: the bias correction of the first step is 1 − β, and not 1 − β²",
         ),
     ),
     # The same operations give the same bits; a rounding apart is still the right answer.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from ipywidgets import Checkbox, IntSlider
+from ipywidgets import Dropdown, IntSlider
 from matplotlib.axes import Axes
 
 from qlora_edu.course.plots import PALETTE, figure_png
@@ -164,5 +164,5 @@ def paging_explorer() -> Explorer:
         render_paging,
         events=IntSlider(5, min=0, max=EVENTS, description="events"),
         frames=IntSlider(4, min=2, max=10, description="frames"),
-        prefetch=Checkbox(False, description="prefetch"),
+        prefetch=Dropdown(options=[("no", False), ("yes", True)], description="prefetch"),
     )
