@@ -8,6 +8,7 @@ import torch
 from ipywidgets import FloatSlider, IntSlider
 
 from qlora_edu.course import widgets
+from qlora_edu.paging import PageTable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -128,3 +129,20 @@ def test_a_wrong_parameter_is_refused():
         widgets.render_nf4_bins(distribution="cauchy")
     with pytest.raises(ValueError, match="bits"):
         widgets.render_nf4_bins(bits=1)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("frames", [2, 4, 7, 10])
+def test_the_replayed_trace_is_what_the_optimizer_counted(frames, prefetch):
+    trace = widgets.record_trace(frames, prefetch)
+    state = widgets.replay_trace(trace, len(trace), frames)
+    uses = [event.page for event in trace if event.what != "prefetch"]
+    assert uses == [*range(10), 0, 1, 2, 5, 6, 7, 8, 9]  # in the second step b has no gradient
+    table = PageTable(frames)
+    for event in trace:
+        if event.what != "prefetched":
+            assert table.access(event.page).evicted == event.evicted
+    assert sorted(page for page in state.holds if page is not None) == sorted(table.resident)
+    counts = state.counts
+    assert counts["hits"] + counts["prefetched"] + counts["faults"] == len(uses)
+    assert counts["KiB in"] == table.faults
