@@ -28,11 +28,12 @@ def stamp(packages: list[str]) -> dict:
     }
 
 
-def store(report: dict, name: str) -> None:
+def store(report: dict, name: str, quiet: bool = False) -> None:
     """Write data/results/<name>.json."""
     path = ROOT / "data" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(part, path)
-    print(f"{path.relative_to(ROOT)} written")
+    if not quiet:
+        print(f"{path.relative_to(ROOT)} written")

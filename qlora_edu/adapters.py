@@ -224,11 +224,24 @@ def load_adapters(
     own = adapter_tensors(model)
     if not own:
         raise LoRAError("the model has no adapted layer; call add_lora first")
-    if not tensors:
-        raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")
     merged = [n for n, layer in lora_layers(model).items() if getattr(layer, "merged", False)]
     if merged:
         raise LoRAError(f"unmerge() before loading: {_list(merged)} hold the adapter in the weight")
+    check_tensors(own, tensors, allow_untrained=allow_untrained)
+    for name, mine in own.items():
+        mine.copy_(tensors[name])
+
+
+def check_tensors(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
+) -> None:
+    """Refuse an adapter ``tensors`` that is not whole, sound, trained, and made for ``own``.
+
+    ``own`` are the tensors that the model has places for; the raises are those of
+    ``load_adapters``.
+    """
+    if not tensors:
+        raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")
     faults = {name: f"{name} is missing from the adapter" for name in own if name not in tensors}
     faults |= {name: f"{name} is not a tensor of this model" for name in tensors if name not in own}
     faults |= {
@@ -252,8 +265,6 @@ def load_adapters(
             f"B is zero in all {len(own) // 2} layers, so this adapter changes nothing: it was "
             "saved before training, or training did not reach it. allow_untrained=True loads it"
         )
-    for name, mine in own.items():
-        mine.copy_(tensors[name])
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
@@ -378,14 +389,27 @@ def remove_lora(model: nn.Module) -> None:
 
 @contextmanager
 def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside the one wanted, which becomes it in one move when all is written."""
+    """A folder beside the one wanted, which becomes it in one move when all is on the disk."""
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had this number
     part.mkdir(parents=True)
     try:
         yield part
+        for path in (*part.rglob("*"), part):
+            _flush(path)
         os.rename(part, folder)
+        _flush(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:

@@ -17,15 +17,16 @@ CHOICES = {
     "levels": ("nf4", "fp4"),
     "compute_dtype": ("float32", "bfloat16"),
     "adapter_dtype": ("float32", "bfloat16"),
+    "quant_storage": ("uint8", "bfloat16", "float32"),
     "optimizer": ("paged_adamw_32bit", "adamw_torch"),
     "lr_schedule": ("constant", "constant_with_warmup", "linear", "cosine"),
     "chat_template": (None, "guanaco"),
 }
 AT_LEAST_ONE = (
     "r max_steps batch_size gradient_accumulation max_length max_new_tokens eval_batch_size "
-    "logging_steps"
+    "logging_steps keep_checkpoints"
 )
-NOT_NEGATIVE = "warmup_steps weight_decay dropout seed"
+NOT_NEGATIVE = "warmup_steps weight_decay dropout seed save_steps sample_steps"
 POSITIVE = "alpha learning_rate max_grad_norm beta2"
 
 
@@ -41,6 +42,9 @@ class FinetuneConfig:
     or Hub names. ``method="lora"`` leaves the base unquantised and ``"full"`` trains all of it, for
     comparison. ``held_out_rows`` rows are measured; the first ``answer_rows`` of them also for
     exact match. ``output_dir=None`` takes the first free folder ``runs/<name>``, ``-2``, ``-3``…
+    A step sees ``batch_size * gradient_accumulation`` rows, on however many processes. The packed
+    weights are bytes (``quant_storage="uint8"``), or dressed as another dtype for FSDP, which
+    shards only tensors of one dtype.
 
     Raises:
         ConfigError: naming the setting, its value, and what it should have been.
@@ -59,6 +63,7 @@ class FinetuneConfig:
     levels: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "bfloat16"
+    quant_storage: str = "uint8"
     # The adapter: on every linear layer but the output head, or on the layers of these names,
     # such as "q_proj,v_proj".
     target_modules: str = "all-linear"
@@ -88,6 +93,11 @@ class FinetuneConfig:
     max_new_tokens: int = 96
     eval_batch_size: int = 8
     logging_steps: int = 10
+    # What a run leaves on the way: a checkpoint and two sample answers every so many steps, 0 for
+    # none.
+    save_steps: int = 100
+    keep_checkpoints: int = 2
+    sample_steps: int = 0
     output_dir: str | None = None
 
     def __post_init__(self) -> None:

@@ -11,11 +11,17 @@ the measurements as JSON lines, the seed and the versions.
 """
 
 import argparse
-import math
+import contextlib
+import hashlib
+import json
+import os
 import re
+import shutil
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +34,21 @@ from qlora_edu.chat_data import (
     encode_conversations,
     read_conversations,
 )
+from qlora_edu.checkpoints import (
+    CheckpointError,
+    WrongBaseError,
+    fingerprint,
+    latest_checkpoint,
+)
 from qlora_edu.config import PRESETS, ConfigError, FinetuneConfig
 from qlora_edu.loading import ModelUnavailableError, load_base, locate, quiet
+from qlora_edu.memory import DoesNotFitError
 from qlora_edu.run_folder import (
+    STACK,
     FinetuneResult,
     Measured,
     RunExistsError,
+    checkpoints_of,
     free_folder,
     write_run,
 )
@@ -45,6 +60,17 @@ from qlora_edu.training import (
     exact_match,
     generate_answers,
     held_out_loss,
+    row_order,
+)
+
+KNOWN_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    ModelUnavailableError,
+    RunExistsError,
+    TrainingError,
 )
 
 
@@ -73,6 +99,12 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
     """The ``SFTConfig``. Where there is no CUDA device a paged optimizer is replaced, and said."""
     from trl import SFTConfig
 
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.gradient_accumulation % processes:
+        raise ConfigError(
+            f"gradient_accumulation={config.gradient_accumulation} cannot be shared by {processes} "
+            "processes; choose a multiple"
+        )
     cuda, optimizer = torch.cuda.is_available(), config.optimizer
     if optimizer.startswith("paged") and not cuda:
         print("optimizer: plain AdamW, not paged; there is no CUDA device to page its states from")
@@ -81,7 +113,7 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         output_dir=str(folder),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation // processes,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         warmup_steps=config.warmup_steps,
@@ -95,10 +127,12 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         fp16=False,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        train_sampling_strategy="sequential",  # of rows that are shuffled beforehand
         dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
+        ddp_backend=None if cuda or processes == 1 else "gloo",
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
         # The rows come encoded and labelled from chat_data: TRL has nothing to add or to cut.
@@ -149,38 +183,76 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def finetune(config: FinetuneConfig, progress: bool = True) -> FinetuneResult:
+def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> FinetuneResult:
     """Fine-tune, measure before and after, and write a run folder.
 
     The folder holds ``adapter_model.safetensors`` and ``adapter_config.json`` (or the whole model,
-    for ``method="full"``), the tokenizer, ``config.yaml``, ``metrics.jsonl`` and ``versions.json``.
+    for ``method="full"``), the tokenizer, ``config.yaml``, ``metrics.jsonl``, ``versions.json`` and
+    a manifest of their sums. Until it is there, checkpoints are kept in ``<folder>.checkpoints``;
+    with ``resume=True`` the run goes on from the newest that is whole, to the same bits on a CPU.
 
     Raises:
-        RunExistsError: if ``output_dir`` exists.
+        RunExistsError: if ``output_dir`` exists, or holds checkpoints of a run to be resumed.
         ModelUnavailableError, DataError: if model or data cannot be had or used.
+        DoesNotFitError: if the longest batch does not fit in the device's memory.
         TrainingError: if gradients do not reach the first layer, or the loss stops being finite.
+        CheckpointError: if a checkpoint cannot be written, or does not belong to this run.
     """
-    folder = free_folder(config)
-    with whole_or_absent(folder) as part:
+    if int(os.environ.get("RANK", 0)):
+        # One of several processes: it computes as the first does, and leaves talking to that one.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return _finetune(config, progress=False, resume=resume, writes=False)
+    return _finetune(config, progress, resume, writes=True)
+
+
+def _finetune(config: FinetuneConfig, progress: bool, resume: bool, writes: bool) -> FinetuneResult:
+    from qlora_edu.watch import Watch
+
+    folder = free_folder(config, resume)
+    saved = checkpoints_of(folder)
+    if resume and writes:  # what a killed process had half-written
+        for part in folder.parent.glob(f".{folder.name}.part-*"):
+            shutil.rmtree(part, ignore_errors=True)
+    found = latest_checkpoint(saved) if resume else None
+    with whole_or_absent(folder) if writes else tempfile.TemporaryDirectory() as part:
+        part = Path(part)
         model, tokenizer = load_base(config)
         held_out = read_conversations(locate(config.held_out_data), "test")[: config.held_out_rows]
         encoded = encode_conversations(tokenizer, held_out, config.max_length)
         _warn_of_long_answers(encoded[: config.answer_rows], config.max_new_tokens)
         train_data = read_conversations(locate(config.train_data), "train")
         rows = encode_conversations(tokenizer, train_data, config.max_length)
+        facts = run_facts(config, rows)
+        if found:
+            check_facts(*found, facts)
+        elif resume:
+            print(f"no checkpoint in {saved} yet: the run starts from its beginning")
         trainer = make_trainer(config, model, tokenizer, rows, part)
-        watch = _watch(trainer, collate(rows[: min(2, config.batch_size)]), config, progress)
+        longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[: config.batch_size]
+        watch = Watch(
+            config,
+            tokenizer,
+            held_out,
+            check=lambda model: check_gradients(model, collate(longest)),
+            progress=progress,
+            folder=saved if writes else None,
+            facts=facts,
+            resume_from=found[0] if found else None,
+        )
+        trainer.add_callback(watch)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         print(f"{config.method}: {config.model}, {trainable:,} parameters to train")
-
-        before = _measure(trainer.model, tokenizer, held_out, encoded, config)
-        trainer.train()
+        if found:
+            print(f"resumed from {found[0].name}: step {found[1]['step']} of {config.max_steps}")
+        else:
+            watch.before = _measure(trainer.model, tokenizer, held_out, encoded, config)
+        with quiet():
+            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
         after = _measure(trainer.model, tokenizer, held_out, encoded, config)
-
         result = FinetuneResult(
             config=config,
             folder=folder,
-            before=before,
+            before=watch.before,
             after=after,
             training_seconds=watch.seconds,
             losses=watch.losses,
@@ -189,12 +261,62 @@ def finetune(config: FinetuneConfig, progress: bool = True) -> FinetuneResult:
             model=trainer.model,
             tokenizer=tokenizer,
         )
-        with quiet():
-            write_run(part, result)
+        if writes:
+            with quiet():
+                write_run(part, result, facts)
+    if writes:
+        shutil.rmtree(saved, ignore_errors=True)  # the run folder holds all that they were for
     print(result.table())
     print(f"run folder {folder}; the training time leaves out loading and both measurements")
     print(result.closing_line())
     return result
+
+
+def run_facts(config: FinetuneConfig, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """What a checkpoint or an adapter belongs to: settings, base model, rows and versions."""
+    data = hashlib.sha256(json.dumps([*map(list, (row.values() for row in rows))]).encode())
+    return {
+        "base_model": config.model,
+        "base_sha256": fingerprint(locate(config.model)),
+        "rows_sha256": data.hexdigest(),
+        "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
+        "versions": {name: version(name) for name in STACK},
+    }
+
+
+def check_facts(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume from what belongs to another run; say it if only versions differ.
+
+    Raises:
+        WrongBaseError: if the base model is another.
+        CheckpointError: if settings or training rows are others.
+    """
+    if saved["base_sha256"] != now["base_sha256"]:
+        raise WrongBaseError(
+            f"{checkpoint} belongs to the base {saved['base_model']!r} with other weights than "
+            f"{now['base_model']!r} has now; resume with the base that the run began with"
+        )
+    names = sorted(saved["config"].keys() | now["config"].keys())
+    other = [n for n in names if saved["config"].get(n) != now["config"].get(n)]
+    if other:
+        was = ", ".join(
+            f"{n} was {saved['config'].get(n)!r} and is {now['config'].get(n)!r}" for n in other
+        )
+        raise CheckpointError(
+            f"{checkpoint} is of a run with other settings: {was}. Resume with the same settings, "
+            "or start a new run"
+        )
+    if saved["rows_sha256"] != now["rows_sha256"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other rows than {now['config']['train_data']!r} holds "
+            "now; bring the file back as it was, or start a new run"
+        )
+    for name, then in saved["versions"].items():
+        if then != now["versions"].get(name):
+            print(
+                f"warning: {name} was {then} and is {now['versions'].get(name)}: the run goes on, "
+                "but perhaps not to the same bits"
+            )
 
 
 def _warn_of_long_answers(rows: Sequence[dict[str, list[int]]], max_new_tokens: int) -> None:
@@ -214,7 +336,14 @@ def make_trainer(
     rows: Sequence[dict[str, list[int]]],
     folder: Path,
 ) -> Any:
-    """TRL's ``SFTTrainer`` over encoded rows, with the adapter attached in ``adapter_dtype``."""
+    """TRL's ``SFTTrainer`` over encoded rows, with the adapter attached in ``adapter_dtype``.
+
+    The trainer reads the rows one after the other in the order that ``row_order`` settles.
+    """
+    rows_a_step = config.batch_size * config.gradient_accumulation
+    lengths = [len(row["input_ids"]) for row in rows] if config.group_by_length else None
+    wanted = rows_a_step * config.max_steps
+    order = row_order(len(rows), wanted, config.seed, lengths, rows_a_step)
     with quiet():
         from datasets import Dataset
         from transformers import PrinterCallback
@@ -223,7 +352,7 @@ def make_trainer(
         trainer = SFTTrainer(
             model=model,
             args=trainer_settings(config, folder),
-            train_dataset=Dataset.from_list(list(rows)),
+            train_dataset=Dataset.from_list(list(rows)).select(order),
             processing_class=tokenizer,
             peft_config=adapter_config(config),
         )
@@ -252,50 +381,6 @@ def _measure(
     return Measured(held_out_loss(model, encoded, size), match, answers)
 
 
-def _watch(trainer: Any, batch: Batch, config: FinetuneConfig, progress: bool) -> Any:
-    """Give the trainer one progress line, a clock, and the gradient check before step one."""
-    from tqdm import tqdm
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.losses: list[tuple[int, float]] = []
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-            check_gradients(model, batch)
-            self.bar = tqdm(
-                total=config.max_steps,
-                desc=config.method,
-                unit="step",
-                file=sys.stdout,
-                ncols=80,
-                disable=not progress,
-            )
-            self.started = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.update()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
-            if "loss" not in logs:
-                return
-            self.losses.append((state.global_step, logs["loss"]))
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-            if not math.isfinite(logs["loss"]):
-                raise TrainingError(
-                    f"the loss is {logs['loss']} at step {state.global_step}; lower learning_rate "
-                    f"({config.learning_rate}) or look for damaged weights"
-                )
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds = time.perf_counter() - self.started
-            self.bar.close()
-
-    watch = Watch()
-    trainer.add_callback(watch)
-    return watch
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: ``finetune --preset embedded max_steps=100 method=lora``."""
     import yaml
@@ -303,8 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qlora_edu finetune", description="Fine-tune a model.")
     parser.add_argument("--preset", default="embedded", help=", ".join(PRESETS))
     parser.add_argument("--config", help="a YAML file of settings; takes the place of --preset")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="settings to change")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         pairs = [setting.partition("=") for setting in arguments.settings]
         changes = {name: yaml.safe_load(value) for name, _, value in pairs}
@@ -312,8 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = FinetuneConfig.from_yaml(arguments.config, **changes)
         else:
             config = FinetuneConfig.from_preset(arguments.preset, **changes)
-        finetune(config)
-    except (ConfigError, DataError, ModelUnavailableError, RunExistsError, TrainingError) as error:
+        finetune(config, resume=arguments.resume)
+    except KNOWN_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,7 @@ bitsandbytes are loaded so that they stay trainable, whatever is evaluated first
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from typing import Any
 
 import torch
 
+from qlora_edu.adapters import PEFT_PREFIX, AdapterFileError, AdapterMismatchError, check_tensors
 from qlora_edu.chat_data import GUANACO_TEMPLATE
+from qlora_edu.checkpoints import WrongBaseError, fingerprint, read_seal
 from qlora_edu.config import FinetuneConfig
+from qlora_edu.lora import LoRAError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +38,7 @@ def quantization_config(config: FinetuneConfig) -> Any:
         bnb_4bit_quant_type=config.levels,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         load_in_8bit=False,
         llm_int8_threshold=6.0,  # the llm_int8 fields act in 8 bits only, save for the next one
         llm_int8_skip_modules=["lm_head"],
@@ -63,7 +67,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 source,
                 dtype=getattr(torch, dtype),
                 quantization_config=quantization_config(config),
-                device_map={"": 0} if cuda else None,
+                device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -82,7 +86,89 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         # Padding is masked by position, never by its id, so sharing the end token is harmless here.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     forbid_cpu_repacking(model)
+    if getattr(model.config, "random_init", False):
+        print(
+            f"RANDOM WEIGHTS: {config.model} was never trained; time and memory are real, no more"
+        )
     return model, tokenizer
+
+
+def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
+    """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
+
+    Every file is held against the manifest, and the base against the fingerprint in it. ``base``
+    is where the base is now, if not where the run found it.
+
+    Raises:
+        DamagedFileError: naming a file that is missing or changed.
+        WrongBaseError: if the base is another, even one of the same shape.
+        ModelUnavailableError: if the base cannot be had.
+        LoRAError: in the kinds of ``attach_adapter``.
+    """
+    folder = Path(folder)
+    facts = read_seal(folder)
+    config = FinetuneConfig.from_yaml(folder / "config.yaml")
+    if config.method == "full":
+        return load_base(config.replace(model=str(folder)))
+    config = config.replace(model=base or config.model)
+    model, tokenizer = load_base(config)
+    found = fingerprint(locate(config.model))
+    if found != facts["base_sha256"]:
+        raise WrongBaseError(
+            f"the adapter in {folder} was trained on {facts['base_model']!r} (SHA-256 "
+            f"{facts['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
+            f"({found[:12]}…). It would load, and answer badly; pass base= with the right one"
+        )
+    return attach_adapter(model, folder), tokenizer
+
+
+def attach_adapter(model: Any, folder: str | Path, *, allow_partial: bool = False) -> Any:
+    """Lay an adapter that PEFT or this course has written on ``model``: all of it, or none.
+
+    PEFT itself would pass over tensors that are missing (a deeper base), left over or damaged.
+    Whether the *weights* of the base are the right ones only ``load_run`` can tell.
+    ``allow_partial`` lets an adapter pass that was meant for some blocks only.
+
+    Raises:
+        AdapterFileError, DamagedAdapterError, AdapterMismatchError, UntrainedAdapterError: see
+            ``qlora_edu.adapters``.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import set_peft_model_state_dict as fill
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
+    changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
+    kinds = {name.rpartition(".")[2] for name in changed}
+    left_out = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.rpartition(".")[2] in kinds
+        and name not in changed
+    ]
+    if left_out and not allow_partial and not getattr(config, "layers_to_transform", None):
+        raise AdapterMismatchError(
+            f"the adapter in {folder} leaves out {len(left_out)} layers of the kinds that it "
+            f"changes ({left_out[0]}, …): the base is deeper than its own. Use the base that it "
+            "was trained on, or allow_partial=True if some blocks were left out on purpose",
+            left_out,
+        )
+    with quiet():
+        adapted = get_peft_model(model, config)
+        try:
+            check_tensors(get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
+        except LoRAError:
+            adapted.unload()
+            raise
+        fill(adapted, tensors)
+    return adapted.eval()
 
 
 def forbid_cpu_repacking(model: torch.nn.Module) -> None:

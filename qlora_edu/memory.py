@@ -272,14 +272,14 @@ def plan_memory(
             raise PlanError(f"no setting {name!r}; there are {', '.join(names)}")
     if isinstance(settings.get("targets"), list):
         settings["targets"] = tuple(settings["targets"])
-    name, config = _configuration(model)
+    name, config = configuration(model)
     step = StepSettings(method=method, **settings)
     plan = MemoryPlan(name, config, step, batch, length, optimizer)
     _ = plan.rehearsal  # what is wrong with the model is said now
     return plan
 
 
-def _configuration(model: Any) -> tuple[str, Any]:
+def configuration(model: Any) -> tuple[str, Any]:
     """The name and the Hugging Face configuration of whatever ``plan_memory`` was given."""
     from transformers import AutoConfig, PreTrainedConfig
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qlora_edu.chat_data import Conversation
+from qlora_edu.checkpoints import seal
 from qlora_edu.config import FinetuneConfig
 
 STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -81,33 +82,47 @@ class FinetuneResult:
         return f"exact match {matches} on {len(self.after.answers)} held-out rows, {ending}"
 
 
-def free_folder(config: FinetuneConfig) -> Path:
+def free_folder(config: FinetuneConfig, resume: bool = False) -> Path:
     """Where the run will be written: ``output_dir``, or the first free ``runs/<name>``.
 
+    To resume, it is ``output_dir``, or the last ``runs/<name>`` that was interrupted.
+
     Raises:
-        RunExistsError: if ``output_dir`` is there already.
+        RunExistsError: if ``output_dir`` is there already, or checkpoints of an interrupted run are
+            and they are not to be resumed.
     """
     if config.output_dir is not None:
-        if Path(config.output_dir).exists():
+        folder = Path(config.output_dir)
+        if folder.exists():
             raise RunExistsError(
-                f"{config.output_dir} exists, and a run overwrites nothing; choose another "
-                "output_dir, or delete that folder yourself"
+                f"{folder} exists, and a run overwrites nothing; choose another output_dir, or "
+                "delete that folder yourself"
             )
-        return Path(config.output_dir)
-    numbers = ("", *(f"-{n}" for n in range(2, 10_000)))
-    return next(p for n in numbers if not (p := Path("runs") / f"{config.name}{n}").exists())
+        if checkpoints_of(folder).exists() and not resume:
+            raise RunExistsError(
+                f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. "
+                "resume=True (on the command line --resume) goes on with it; to begin again, "
+                "delete that folder yourself"
+            )
+        return folder
+    folders = [Path("runs") / f"{config.name}{n}" for n in ("", *(f"-{n}" for n in range(2, 1000)))]
+    interrupted = [f for f in folders if checkpoints_of(f).exists() and not f.exists()]
+    if resume and interrupted:
+        return interrupted[-1]
+    return next(f for f in folders if not f.exists() and f not in interrupted)
 
 
-def write_run(folder: Path, result: FinetuneResult) -> None:
-    """Write adapter (or whole model), tokenizer, settings, measurements, seed and versions."""
+def checkpoints_of(folder: Path) -> Path:
+    """Where the checkpoints of the run ``folder`` are kept until it is written."""
+    return folder.with_name(f"{folder.name}.checkpoints")
+
+
+def write_run(folder: Path, result: FinetuneResult, facts: dict[str, Any]) -> None:
+    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest."""
     import yaml
 
     config = result.config
-    if config.method == "full":
-        result.model.save_pretrained(folder)
-    else:
-        result.model.peft_config["default"].base_model_name_or_path = config.model
-        result.model.save_pretrained(folder, save_embedding_layers=False)
+    save_weights(result.model, folder, config)
     result.tokenizer.save_pretrained(folder)
     settings = yaml.safe_dump(asdict(config), sort_keys=False)
     (folder / "config.yaml").write_text(settings, encoding="utf-8")
@@ -126,3 +141,13 @@ def write_run(folder: Path, result: FinetuneResult) -> None:
         **{name: version(name) for name in STACK},
     }
     (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    seal(folder, facts)
+
+
+def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
+    """Write the adapter, as PEFT does, or for ``method="full"`` the whole model."""
+    if config.method == "full":
+        model.save_pretrained(folder)
+        return
+    model.peft_config["default"].base_model_name_or_path = config.model
+    model.save_pretrained(folder, save_embedding_layers=False)

@@ -1,17 +1,20 @@
-"""Chapter 8. The training loop in full view, and three measures of what it achieved.
+"""Chapter 8. The training loop in full view, what it achieved, and whether two ways are equal.
 
 ``train`` is all that fine-tuning is: predict, compare, go back, step. With the layers of chapter 5
 and the adapters of chapter 4 in PEFT's names, both stacks can start from the same point. Given the
 same batches, their loss curves are the same curve (a test holds them to it): there is nothing in
 the production stack that was not derived in this course.
 
-The measures are the held-out loss in nats a token, greedy answers, and their exact match.
+The measures are the held-out loss in nats a token, greedy answers, and their exact match. One run
+of each method is an anecdote: ``mean_interval`` says what several seeds show, and ``equivalence``
+whether two methods differ by less than a margin that was chosen beforehand.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from qlora_edu.chat_data import IGNORED, Message, encode_prompt
 
 Batch = Mapping[str, Tensor]
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 class TrainingError(RuntimeError):
@@ -57,21 +61,75 @@ def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> 
     )
 
 
+def row_order(
+    rows: int, wanted: int, seed: int, lengths: Sequence[int] | None = None, group: int = 1
+) -> list[int]:
+    """Which row is read when: ``wanted`` indices into ``rows``, shuffled anew for every pass.
+
+    The whole order is settled before the first step, so that a run that was interrupted, or that
+    is spread over several processes, reads the same rows. With ``lengths``, rows of like length
+    come together: stretches of ``50 * group`` rows are sorted, the longest first, which saves
+    padding (``group`` is the number of rows a step).
+
+    >>> row_order(3, 7, seed=0)
+    [2, 0, 1, 0, 1, 2, 0]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        shuffled = torch.randperm(rows, generator=generator).tolist()
+        if lengths is not None:
+            size = 50 * group
+            stretches = [shuffled[i : i + size] for i in range(0, rows, size)]
+            shuffled = [i for s in stretches for i in sorted(s, key=lambda i: -lengths[i])]
+        order += shuffled
+    return order[:wanted]
+
+
+def learning_rate_at(
+    step: int, lr: float, schedule: str, warmup_steps: int = 0, total_steps: int = 0
+) -> float:
+    """The learning rate of step 0, 1, 2 … as ``transformers.get_scheduler`` would set it.
+
+    ``schedule`` is "constant", "constant_with_warmup", "linear" or "cosine". All but the first rise
+    from 0 over ``warmup_steps``; the last two then fall to 0 at ``total_steps``.
+
+    >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
+    [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
+    """
+    if schedule not in SCHEDULES:
+        raise TrainingError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+    if schedule == "constant":
+        return lr
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    if schedule == "constant_with_warmup":
+        return lr
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return lr * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
 def train(
     model: nn.Module,
     batches: Iterable[Batch],
     lr: float,
     *,
+    accumulation: int = 1,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 0,
     beta2: float = 0.999,
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.3,
 ) -> list[float]:
-    """Take one AdamW step a batch, at a constant ``lr``; returns the loss before each step.
+    """Take one AdamW step every ``accumulation`` batches; returns the loss before each step.
 
-    Only parameters that require a gradient are trained.
+    Only parameters that require a gradient are trained. The loss of a step is the mean over all
+    answer tokens of its batches, so that four batches of 2 rows train as one batch of 8 does.
 
     Raises:
-        TrainingError: if nothing is trainable, or the loss stops being finite.
+        TrainingError: if nothing is trainable, a step has no answer token, or the loss stops being
+            finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -81,18 +139,37 @@ def train(
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay)
     model.train()
     losses: list[float] = []
-    for step, batch in enumerate(batches, start=1):
-        loss = completion_loss(model, batch)
-        losses.append(loss.item())
+    remaining = iter(batches)
+    while parts := list(islice(remaining, accumulation)):
+        step = len(losses)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(
+            step, lr, schedule, warmup_steps, total_steps
+        )
+        tokens = sum(answer_tokens(part) for part in parts)
+        if not tokens:
+            raise TrainingError(f"no token of step {step + 1} has a label; look at its rows")
+        losses.append(0.0)
+        for part in parts:
+            loss = completion_loss(model, part, reduction="sum") / tokens
+            loss.backward()
+            losses[-1] += loss.item()
         if not math.isfinite(losses[-1]):
             raise TrainingError(
-                f"the loss is {losses[-1]} at step {step}; use a lower rate than {lr}"
+                f"the loss is {losses[-1]} at step {step + 1}; use a lower rate than {lr}"
             )
-        loss.backward()
         nn.utils.clip_grad_norm_(trainable, max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def answer_tokens(batch: Batch) -> int:
+    """How many tokens of a batch the loss looks at.
+
+    >>> answer_tokens(collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]))
+    2
+    """
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 @torch.no_grad()
@@ -106,7 +183,7 @@ def held_out_loss(
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             total += completion_loss(model, batch, reduction="sum").item()
-            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+            tokens += answer_tokens(batch)
     if not tokens:
         raise TrainingError("the held-out rows hold no answer token to measure the loss on")
     return total / tokens
@@ -166,6 +243,85 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
         )
     pairs = zip(predictions, references, strict=True)
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's t interval for the mean of a few independent runs.
+
+    Raises:
+        TrainingError: for fewer than two values, which say nothing about how far runs differ.
+
+    >>> [round(end, 3) for end in mean_interval([0.90, 0.94, 0.92])]
+    [0.92, 0.87, 0.97]
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise TrainingError(f"an interval needs at least two runs, not {len(values)}")
+    numbers = torch.tensor(values, dtype=torch.float64)
+    half = (
+        float(t.ppf((1 + confidence) / 2, len(values) - 1))
+        * numbers.std().item()
+        / len(values) ** 0.5
+    )
+    return Interval(
+        numbers.mean().item(), numbers.mean().item() - half, numbers.mean().item() + half
+    )
+
+
+class Equivalence(NamedTuple):
+    """What two one-sided tests say of the mean difference between two methods."""
+
+    difference: Interval
+    """Mean of (first - second) over the seeds, with its interval at 1 - 2 * level."""
+    p: float
+    """The larger of the two one-sided p values."""
+    equivalent: bool
+    """True if the whole interval lies within (-margin, margin)."""
+
+
+def equivalence(
+    first: Sequence[float], second: Sequence[float], margin: float, level: float = 0.05
+) -> Equivalence:
+    """Are two methods equal up to ``margin``? Two one-sided t tests on runs paired by seed.
+
+    A test that finds *no difference* proves nothing: with few seeds hardly any test finds one. So
+    the burden is turned round: "they differ by the margin or more" has to be refuted on both sides.
+    ``margin`` is in the unit of the values and is to be chosen before the runs are looked at.
+
+    Raises:
+        TrainingError: if the runs are not paired, fewer than two, or the margin is not positive.
+
+    Source: Schuirmann, "A comparison of the two one-sided tests procedure" (1987).
+
+    >>> full, qlora = [0.95, 0.97, 0.96, 0.97], [0.94, 0.97, 0.97, 0.96]
+    >>> equivalence(qlora, full, margin=0.03).equivalent
+    True
+    >>> equivalence(qlora, full, margin=0.005).equivalent  # not shown, which is not "different"
+    False
+    """
+    from scipy.stats import t
+
+    if len(first) != len(second):
+        raise TrainingError(f"{len(first)} runs cannot be paired with {len(second)}")
+    if not margin > 0:
+        raise TrainingError(f"the margin must be positive, not {margin}")
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    interval = mean_interval(differences, 1 - 2 * level)
+    error = torch.tensor(differences, dtype=torch.float64).std().item() / len(differences) ** 0.5
+    distance = margin - abs(interval.mean)
+    # Runs that differ by exactly the same amount leave nothing to estimate: t is then infinite.
+    statistic = distance / error if error else math.copysign(math.inf, distance)
+    p = float(t.sf(statistic, len(differences) - 1))
+    return Equivalence(interval, p, p < level)
 
 
 def _pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:

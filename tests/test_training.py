@@ -17,11 +17,16 @@ from qlora_edu.lora import LoRAError
 from qlora_edu.qlora import replace_linear_layers
 from qlora_edu.training import (
     TrainingError,
+    answer_tokens,
     collate,
     completion_loss,
+    equivalence,
     exact_match,
     generate_answers,
     held_out_loss,
+    learning_rate_at,
+    mean_interval,
+    row_order,
     train,
 )
 
@@ -87,19 +92,29 @@ def peft_tensors(trainer):
 
 def both_curves(config, base, encoded, tmp_path):
     """Losses of TRL's trainer and of the plain loop, from the same adapters and batches."""
-    from torch.utils.data import SequentialSampler
-
     model, tokenizer = load_base(config)
     trainer = make_trainer(config, model, tokenizer, encoded, tmp_path / "trainer")
-    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(encoded)
     start = peft_tensors(trainer)
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     own = own_model(base)
     load_adapters(own, start, allow_untrained=True)
-    batches = [collate(encoded[i : i + BATCH]) for i in range(0, len(encoded), BATCH)]
-    ours = train(own, batches, config.learning_rate, max_grad_norm=config.max_grad_norm)
+    rows_a_step = BATCH * config.gradient_accumulation
+    order = row_order(len(encoded), STEPS * rows_a_step, config.seed)
+    batches = [
+        collate([encoded[i] for i in order[at : at + BATCH]]) for at in range(0, len(order), BATCH)
+    ]
+    ours = train(
+        own,
+        batches,
+        config.learning_rate,
+        accumulation=config.gradient_accumulation,
+        schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        total_steps=STEPS,
+        max_grad_norm=config.max_grad_norm,
+    )
     return theirs, ours, peft_tensors(trainer), adapter_tensors(own)
 
 
@@ -116,6 +131,16 @@ def test_loss_curve_is_that_of_bitsandbytes_and_peft(config, base, encoded, tmp_
     apart = sum((our_end[name] - their_end[name]).square().sum() for name in our_end).sqrt()
     length = sum(tensor.square().sum() for tensor in our_end.values()).sqrt()
     assert apart < 0.01 * length
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_the_curve_is_the_same_with_accumulation_warm_up_and_a_schedule(
+    config, base, encoded, tmp_path, schedule
+):
+    config = config.replace(gradient_accumulation=3, lr_schedule=schedule, warmup_steps=4)
+    theirs, ours, *_ = both_curves(config, base, encoded, tmp_path)
+    assert len(theirs) == len(ours) == STEPS
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mistake", ["alpha", "levels", "double_quant"])
@@ -250,3 +275,125 @@ def test_exact_match_wants_one_prediction_for_each_reference():
     for predictions, references in ([], []), (["a"], ["a", "b"]):
         with pytest.raises(TrainingError, match="need one for each"):
             exact_match(predictions, references)
+
+
+# The loop's parts
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
+def test_the_schedules_are_those_of_transformers(name):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
+    for step in range(40):
+        ours = learning_rate_at(step, 0.3, name, warmup_steps=5, total_steps=40)
+        # The same formula; the last bit may fall otherwise.
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        theirs.step()
+    with pytest.raises(TrainingError, match="no schedule 'cosin'"):
+        learning_rate_at(0, 0.3, "cosin")
+
+
+def test_four_batches_of_two_train_as_one_of_eight(base, encoded):
+    # Some rows are trained on whole, so that a mean of means would be another number.
+    rows_of_all_sorts = [
+        row if i % 3 else {**row, "labels": row["input_ids"]} for i, row in enumerate(encoded)
+    ]
+    curves, ends = [], []
+    for rows, accumulation in ((8, 1), (2, 4)):
+        model = own_model(base)
+        torch.manual_seed(0)
+        start = {k: torch.randn_like(v) * 0.02 for k, v in adapter_tensors(model).items()}
+        load_adapters(model, start)
+        batches = [collate(rows_of_all_sorts[i : i + rows]) for i in range(0, 40, rows)]
+        assert len({answer_tokens(batch) for batch in batches}) > 1
+        curves.append(train(model, batches, 1e-3, accumulation=accumulation))
+        ends.append(torch.cat([t.flatten() for t in adapter_tensors(model).values()]))
+    # Sums in another order; a mean of means is off by 1e-2 here.
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=0, atol=1e-5)
+    assert (ends[0] - ends[1]).norm() < 1e-3 * ends[0].norm()
+
+
+def test_the_order_of_rows_reads_each_row_once_a_pass():
+    order = row_order(7, 21, seed=3)
+    passes = [order[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(rows) == list(range(7)) for rows in passes)
+    assert passes[0] != passes[1] and order != row_order(7, 21, seed=4)
+    assert row_order(7, 10, seed=3) == order[:10]  # a longer run begins as the shorter one
+
+
+def test_rows_of_like_length_come_together():
+    lengths = torch.randint(5, 500, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    plain, grouped = (row_order(1000, 1000, 0, given, 4) for given in (None, lengths))
+    assert sorted(grouped) == list(range(1000))
+
+    def padding(order):
+        steps = [[lengths[i] for i in order[at : at + 4]] for at in range(0, 1000, 4)]
+        return sum(4 * max(step) - sum(step) for step in steps)
+
+    assert padding(grouped) < padding(plain) / 10
+    assert lengths[grouped[0]] == max(lengths[i] for i in grouped[:200])  # the worst comes first
+
+
+def test_a_step_without_answers_is_refused(base, encoded):
+    row = {"input_ids": encoded[0]["input_ids"], "labels": [IGNORED] * len(encoded[0]["labels"])}
+    batches = [collate(encoded[:2]), collate([row])]
+    with pytest.raises(TrainingError, match="no token of step 2 has a label"):
+        train(own_model(base), batches, 1e-3)
+
+
+# What several seeds show
+
+
+def test_the_interval_is_students():
+    from scipy import stats
+
+    values = [0.90, 0.94, 0.92, 0.97, 0.88]
+    low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
+    assert mean_interval(values) == pytest.approx((sum(values) / 5, low, high))
+    with pytest.raises(TrainingError, match="at least two runs"):
+        mean_interval([0.9])
+
+
+def test_equivalence_is_two_one_sided_paired_t_tests():
+    from scipy import stats
+
+    first, second, margin = [0.95, 0.97, 0.96, 0.99], [0.94, 0.975, 0.97, 0.96], 0.03
+    found = equivalence(first, second, margin)
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    below = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    above = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    assert found.p == pytest.approx(max(below, above))
+    # Twice the level is outside: the interval says the same as the two tests.
+    inside = -margin < found.difference.low and found.difference.high < margin
+    assert found.equivalent == inside == (found.p < 0.05)
+
+
+def test_equivalence_has_a_verdict_for_runs_without_spread():
+    assert equivalence([0.5, 0.5], [0.5, 0.5], 0.1).equivalent
+    assert not equivalence([0.9, 0.9], [0.5, 0.5], 0.1).equivalent
+
+
+def test_equivalence_finds_equal_what_is_equal_and_rarely_what_is_not():
+    """At the margin itself the test may err in one case of twenty; 3,000 draws bound that well."""
+    generator = torch.Generator().manual_seed(0)
+
+    def share(true_difference):
+        draws = true_difference + 0.02 * torch.randn(3000, 5, generator=generator)
+        zeros = [0.0] * 5
+        return sum(equivalence(row, zeros, 0.05).equivalent for row in draws.tolist()) / 3000
+
+    assert share(0.0) > 0.95
+    assert 0.035 < share(0.05) < 0.065  # 0.05, give or take four standard errors
+    assert share(0.10) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "margin", "says"),
+    [([1.0], [1.0, 2.0], 0.1, "cannot be paired"), ([1.0, 2.0], [1.0, 2.0], 0, "must be positive")],
+)
+def test_equivalence_refuses_what_it_cannot_test(first, second, margin, says):
+    with pytest.raises(TrainingError, match=says):
+        equivalence(first, second, margin)
