@@ -41,7 +41,14 @@ from qlora_edu.checkpoints import (
     latest_checkpoint,
 )
 from qlora_edu.config import PRESETS, ConfigError, FinetuneConfig
-from qlora_edu.loading import ModelUnavailableError, load_base, locate, quiet
+from qlora_edu.loading import (
+    ModelUnavailableError,
+    check_one_dtype,
+    fsdp,
+    load_base,
+    locate,
+    quiet,
+)
 from qlora_edu.memory import DoesNotFitError
 from qlora_edu.run_folder import (
     STACK,
@@ -104,6 +111,11 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         raise ConfigError(
             f"gradient_accumulation={config.gradient_accumulation} cannot be shared by {processes} "
             "processes; choose a multiple"
+        )
+    if fsdp() and (config.save_steps or not torch.cuda.is_available()):
+        raise ConfigError(
+            "FSDP needs CUDA (on a CPU the trainer would pass over it in silence), and this course "
+            "writes no checkpoints of a base in shares: set save_steps=0"
         )
     cuda, optimizer = torch.cuda.is_available(), config.optimizer
     if optimizer.startswith("paged") and not cuda:
@@ -242,6 +254,8 @@ def _finetune(config: FinetuneConfig, progress: bool, resume: bool, writes: bool
         trainer.add_callback(watch)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         print(f"{config.method}: {config.model}, {trainable:,} parameters to train")
+        if trainer.args.world_size > 1:
+            print(f"{trainer.args.world_size} processes share the rows of each step")
         if found:
             print(f"resumed from {found[0].name}: step {found[1]['step']} of {config.max_steps}")
         else:
@@ -362,6 +376,8 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, config.adapter_dtype))
+    if fsdp():
+        check_one_dtype(trainer.model)
     return trainer
 
 

@@ -17,7 +17,7 @@ import torch
 from qlora_edu.adapters import PEFT_PREFIX, AdapterFileError, AdapterMismatchError, check_tensors
 from qlora_edu.chat_data import GUANACO_TEMPLATE
 from qlora_edu.checkpoints import WrongBaseError, fingerprint, read_seal
-from qlora_edu.config import FinetuneConfig
+from qlora_edu.config import ConfigError, FinetuneConfig
 from qlora_edu.lora import LoRAError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda, source = torch.cuda.is_available(), locate(config.model)
+    card = int(os.environ.get("LOCAL_RANK", 0))  # each of several processes has its own
     # Full fine-tuning keeps float32 weights: bfloat16 would round its small steps away.
     dtype = "float32" if config.method == "full" else config.compute_dtype
     try:
@@ -67,7 +68,9 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 source,
                 dtype=getattr(torch, dtype),
                 quantization_config=quantization_config(config),
-                device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
+                device_map={"": int(os.environ.get("LOCAL_RANK", 0))}
+                if cuda and not fsdp()
+                else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -180,6 +183,31 @@ def forbid_cpu_repacking(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def fsdp() -> bool:
+    """Was this process launched to share the base out with others (accelerate's FSDP)?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def check_one_dtype(model: torch.nn.Module) -> None:
+    """Refuse a model that FSDP of version 1 cannot flatten: all its tensors must be of one dtype.
+
+    Packed 4-bit weights count with the dtype that they are stored as (``quant_storage``).
+
+    Raises:
+        ConfigError: naming the dtypes, a tensor of each, and what to set.
+    """
+    example: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        example.setdefault(parameter.dtype, name)
+    if len(example) > 1 or not next(iter(example)).is_floating_point:
+        found = "; ".join(f"{dtype}, as {name}" for dtype, name in example.items())
+        raise ConfigError(
+            f"FSDP flattens all tensors of a block into one, so they must be of one floating "
+            f"dtype, and here are {found}. Set quant_storage, compute_dtype and adapter_dtype to "
+            "the same, such as bfloat16"
+        )
 
 
 def locate(name: str) -> str:
