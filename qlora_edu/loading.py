@@ -68,9 +68,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 source,
                 dtype=getattr(torch, dtype),
                 quantization_config=quantization_config(config),
-                device_map={"": int(os.environ.get("LOCAL_RANK", 0))}
-                if cuda and not fsdp()
-                else None,
+                device_map={"": card} if cuda and not fsdp() else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
