@@ -49,7 +49,7 @@ from qlora_edu.loading import (
     locate,
     quiet,
 )
-from qlora_edu.memory import DoesNotFitError
+from qlora_edu.memory import GIB, DoesNotFitError, MemoryPlan, check_lengths, plan_memory
 from qlora_edu.run_folder import (
     STACK,
     FinetuneResult,
@@ -163,6 +163,73 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
     )
 
 
+def plan_run(config: FinetuneConfig, model: Any = None, length: int | None = None) -> MemoryPlan:
+    """The memory of one step of a run, planned (chapter 6) before anything is loaded.
+
+    ``model`` is as for ``plan_memory``, by default ``config.model``; ``length`` is that of the
+    longest row, by default ``max_length``.
+
+    >>> plan = plan_run(FinetuneConfig.from_preset("guanaco-7b"), "llama-7b")
+    >>> plan.sentence(16)
+    'llama-7b, qlora: fits on a 16 GB card with ... GiB to spare; longest sequence ...'
+    """
+    from transformers import AutoConfig
+
+    source = locate(config.model)
+    if model is None:
+        model = source if Path(source).is_dir() else AutoConfig.from_pretrained(source)
+    targets = config.target_modules
+    bfloat16 = config.compute_dtype == "bfloat16"
+    return plan_memory(
+        model,
+        config.method,
+        batch=config.batch_size,
+        length=length or config.max_length,
+        optimizer=config.optimizer.replace("adamw_torch", "adamw"),
+        r=config.r,
+        targets=targets if targets == "all-linear" else tuple(targets.split(",")),
+        dropout=config.dropout,
+        dtype="float32" if config.method == "full" else config.compute_dtype,
+        adapter_dtype=config.adapter_dtype,
+        levels=config.levels,
+        double_quant=config.double_quant,
+        checkpointing=config.gradient_checkpointing,
+        autocast=bfloat16,
+        padding=config.batch_size > 1,
+        stack="bitsandbytes" if config.method == "qlora" else "qlora_edu",
+    )
+
+
+def expected_minutes(
+    config: FinetuneConfig, weights: int, tflops: float, share: float = 0.3
+) -> float:
+    """Minutes of a run, by arithmetic: an upper bound on its tokens, times operations a token.
+
+    A token costs 2 operations a weight in each pass through the linear layers: forward, once more
+    if gradient checkpointing recomputes, back to the inputs, and with ``method="full"`` back to the
+    weights. ``tflops`` is what the card is rated at in ``compute_dtype``; which ``share`` of it a
+    run reaches is an assumption until it is measured. Every row is taken to be ``max_length`` long.
+
+    >>> config = FinetuneConfig.from_preset("guanaco-7b")
+    >>> round(expected_minutes(config, 6_607_077_376, tflops=312))  # linear layers and the head
+    108
+    """
+    passes = 2 + config.gradient_checkpointing + (config.method == "full")
+    rows = config.max_steps * config.batch_size * config.gradient_accumulation
+    return 2 * weights * passes * rows * config.max_length / (share * tflops * 1e12) / 60
+
+
+def guard_memory(
+    config: FinetuneConfig, lengths: Sequence[int], card_gib: float, model: Any = None
+) -> None:
+    """Before the first step: refuse rows that would run out of memory at some later one.
+
+    Raises:
+        DoesNotFitError: naming the rows, and what to do.
+    """
+    check_lengths(plan_run(config, model), lengths, card_gib)
+
+
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     """Go forward and back once, and make sure that gradients reach every part of the first layer.
 
@@ -171,13 +238,22 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
 
     Raises:
         TrainingError: naming the parameter which gradients do not reach.
+        DoesNotFitError: if the batch does not fit in memory; so let it be the longest one.
     """
     model.train()
-    with torch.random.fork_rng():
-        loss = completion_loss(model, batch)
-        if not loss.requires_grad:
-            raise TrainingError("before step 1: the loss depends on no trainable parameter")
-        loss.backward()
+    try:
+        with torch.random.fork_rng():
+            loss = completion_loss(model, batch)
+            if not loss.requires_grad:
+                raise TrainingError("before step 1: the loss depends on no trainable parameter")
+            loss.backward()
+    except torch.OutOfMemoryError as error:
+        rows, length = batch["input_ids"].shape
+        raise DoesNotFitError(
+            f"before step 1: {rows} rows of {length} tokens, the longest batch that may come, do "
+            "not fit in memory. Lower batch_size (and raise gradient_accumulation by as much), or "
+            "max_length, or set gradient_checkpointing=true"
+        ) from error
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     numbered = [match[0] for name, _ in trainable if (match := re.match(r".*?\.\d+\.", name))]
     first = numbered[0] if numbered else ""
@@ -252,6 +328,10 @@ def _finetune(config: FinetuneConfig, progress: bool, resume: bool, writes: bool
             resume_from=found[0] if found else None,
         )
         trainer.add_callback(watch)
+        if torch.cuda.is_available():
+            lengths = [len(row["input_ids"]) for row in rows]
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            guard_memory(config, lengths, free / GIB, model.config)
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         print(f"{config.method}: {config.model}, {trainable:,} parameters to train")
         if trainer.args.world_size > 1:

@@ -14,10 +14,20 @@ from qlora_edu import finetune as run_finetune
 from qlora_edu import loading
 from qlora_edu.chat_data import DataError, encode_conversations
 from qlora_edu.config import PRESETS, ConfigError, FinetuneConfig
-from qlora_edu.finetune import check_gradients, main, make_trainer
+from qlora_edu.finetune import (
+    check_gradients,
+    expected_minutes,
+    guard_memory,
+    main,
+    make_trainer,
+    plan_run,
+)
 from qlora_edu.loading import ModelUnavailableError, load_base, quantization_config
+from qlora_edu.memory import DoesNotFitError
 from qlora_edu.run_folder import RunExistsError
 from qlora_edu.training import TrainingError, collate, held_out_loss
+
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +302,73 @@ def make(config, folder):
     model, tokenizer = load_base(config)
     rows = encode_conversations(tokenizer, [row["messages"] for row in make_rows(4)], 64)
     return make_trainer(config, model, tokenizer, rows, folder).model, collate(rows)
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_the_first_step(config, monkeypatch):
+    """The longest rows are tried first, wherever they stand in the data."""
+    tried = []
+
+    def out_of_memory(model, batch, **_):
+        tried.append(batch["input_ids"].shape)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(sys.modules["qlora_edu.finetune"], "completion_loss", out_of_memory)
+    with pytest.raises(DoesNotFitError, match="Lower batch_size"):
+        run_finetune(config, progress=False)
+    lengths = [len(row["input_ids"]) for row in encode_all(config)]
+    assert tried == [(config.batch_size, max(lengths))]
+
+
+def encode_all(config):
+    _, tokenizer = load_base(config)
+    rows = [row["messages"] for row in make_rows(30)]
+    return encode_conversations(tokenizer, rows, config.max_length)
+
+
+def test_the_plan_of_a_run_has_its_settings():
+    config = FinetuneConfig.from_preset("guanaco-7b", adapter_dtype="float32", max_length=700)
+    plan = plan_run(config, "llama-7b")
+    step = plan.settings
+    assert (plan.batch, plan.length, plan.optimizer) == (1, 700, "paged_adamw_32bit")
+    assert (step.r, step.dropout, step.adapter_dtype) == (64, 0.1, "float32")
+    assert step.checkpointing and step.autocast and step.double_quant
+    assert step.stack == "bitsandbytes" and not step.padding
+    full = plan_run(config.replace(method="full", optimizer="adamw_torch"), "llama-7b")
+    assert full.settings.dtype == "float32" and full.peak_bytes > 6.7e9 * 16
+    assert plan_run(FinetuneConfig.from_preset("embedded")).settings.padding
+
+
+def test_a_row_too_long_for_the_card_is_named_before_the_run():
+    config = FinetuneConfig.from_preset("guanaco-7b")
+    guard_memory(config, [100, 512], 16, "llama-7b")
+    with pytest.raises(DoesNotFitError, match="row 1 with 90,000 tokens"):
+        guard_memory(config, [512, 90_000], 16, "llama-7b")
+
+
+def test_minutes_follow_the_passes():
+    config = FinetuneConfig.from_preset("guanaco-7b")
+    whole = expected_minutes(config, 10**9, 100)
+    assert whole == pytest.approx(3 * 2e9 * 30_000 * 512 / 30e12 / 60)
+    without = expected_minutes(config.replace(gradient_checkpointing=False), 10**9, 100)
+    assert without == pytest.approx(whole * 2 / 3)
+    full = config.replace(method="full")
+    assert expected_minutes(full, 10**9, 100) == pytest.approx(whole * 4 / 3)
+
+
+def test_the_model_answers_as_it_learns(config, capsys):
+    run_finetune(config.replace(sample_steps=2, max_steps=4), progress=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 2", "step 4", "step 4"]
+    assert "-> " in lines[0] and "Who?" in lines[0]
+
+
+def test_samples_change_nothing_of_the_run(config):
+    ends = []
+    for every in (0, 1):
+        folder = f"{config.output_dir}-{every}"
+        changed = config.replace(sample_steps=every, dropout=0.3, output_dir=folder)
+        ends.append(load_file(run_finetune(changed, progress=False).folder / ADAPTER))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_gradient_check_passes_and_leaves_no_trace(config, tmp_path):
