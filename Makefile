@@ -16,10 +16,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint format doctor course finetune bench notebooks clean
+.PHONY: help setup lab test lint format doctor course finetune bench experiments gpu-report \
+    notebooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt qlora_edu/course/set_up.py
 	@test -n "$(PYTHON)" || { echo "FAIL no Python 3.11, 3.12 or 3.13 on the PATH. Install one" \
@@ -65,6 +66,12 @@ $(VENV)/bench: $(READY) pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $@ \
 	    -c constraints.txt torchao
 	@touch $@
+
+experiments: $(READY)  ## chapter 8's study: interrupt it, run it again, it goes on
+	$(OFFLINE) $(PY) benchmarks/three_ways.py $(ARGS)
+
+gpu-report: $(READY)  ## measure on this machine's GPU (ARGS=--dry-run: try it on a CPU)
+	$(OFFLINE) $(PY) benchmarks/gpu_report.py $(ARGS)
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs
 	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)
