@@ -340,11 +340,15 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
     if over:
         named = ", ".join(f"row {row} with {length:,} tokens" for row, length in over[:5])
         more = f" and {len(over) - 5} more" if len(over) > 5 else ""
+        room = [
+            *(["with a smaller batch"] if plan.batch > 1 else []),
+            *([] if plan.settings.checkpointing else ["with checkpointing=True"]),
+        ]
+        make_room = f", or make room {' or '.join(room)}" if room else ""
         raise DoesNotFitError(
             f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
             f"a {card_gib:g} GB card at batch {plan.batch}: {named}{more}. At most {longest:,} "
-            "tokens fit: cut or drop these rows, or make room with a smaller batch"
-            f"{'' if plan.settings.checkpointing else ' or with checkpointing=True'}"
+            f"tokens fit: cut or drop these rows{make_room}"
         )
     return longest
 
