@@ -1,4 +1,4 @@
-"""The exercises of notebook 9: steps, the completion mask, merging, cards, and one change."""
+"""The exercises of notebook 9: steps, masks, merging, cards, checkpoints, and one change."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qlora_edu.course.checks.core import Case, Check, Mistake, OpenCheck
 
 CARDS = (16, 24, 48, 80)
 # Not experiments: how long the run is, what it is called and how many answers are looked at.
-FREE_SETTINGS = {"name", "max_steps", "answer_rows", "output_dir"}
+FREE_SETTINGS = {"name", "max_steps", "answer_rows", "output_dir", "sample_steps", "save_steps"}
 
 
 def optimizer_steps(rows: int, batch_size: int, accumulation: int, epochs: int) -> int:
@@ -57,6 +57,20 @@ def smallest_card(
     """
     needed = (linear * 4.127 / 8 + rest * 2 + adapter * 16) / 1e9 + activations_gb
     return min((card for card in cards if card >= needed), default=None)
+
+
+def resumes_to_the_same(saved: Sequence[str], optimizer: str, dropout: float) -> bool:
+    """Does a run that kept only ``saved`` end as if it had not been interrupted?
+
+    >>> resumes_to_the_same(("adapter", "step"), optimizer="sgd", dropout=0.0)
+    True
+    """
+    needed = {"adapter", "step"}
+    if optimizer == "adamw":
+        needed.add("optimizer")
+    if dropout > 0:
+        needed.add("dice")
+    return needed <= set(saved)
 
 
 def my_config() -> FinetuneConfig:
@@ -292,6 +306,56 @@ ex_9_4 = Check(
 )
 
 
+def _checkpoints(random: torch.Generator) -> Sequence[Case]:
+    names = ("saved", "optimizer", "dropout")
+    everything = ("adapter", "optimizer", "step", "dice")
+    without = [tuple(part for part in everything if part != left_out) for left_out in everything]
+    return [
+        dict(zip(names, (saved, optimizer, dropout), strict=True))
+        for saved in (everything, *without, ("adapter", "step"))
+        for optimizer in ("adamw", "sgd")
+        for dropout in (0.0, 0.1)
+    ]
+
+
+def _needs(*always: str, adamw: str = "optimizer", dice: bool = True) -> Any:
+    def wrong(saved: Sequence[str], optimizer: str, dropout: float) -> bool:
+        needed = set(always) | ({adamw} if optimizer == "adamw" else set())
+        return needed | ({"dice"} if dice and dropout > 0 else set()) <= set(saved)
+
+    return wrong
+
+
+ex_9_5 = Check(
+    "9.5 what must be on the disk?",
+    reference=resumes_to_the_same,
+    cases=_checkpoints,
+    mistakes=(
+        Mistake(
+            "the adapter is enough",
+            _needs("adapter", adamw="adapter", dice=False),
+            "AdamW begins again with empty means, and its first steps have another size",
+        ),
+        Mistake(
+            "no step",
+            _needs("adapter"),
+            "the step decides which rows come next (and the learning rate): without it the run "
+            "reads the first rows again",
+        ),
+        Mistake(
+            "no dice",
+            _needs("adapter", "step", dice=False),
+            "with dropout, other dice switch other numbers off",
+        ),
+        Mistake(
+            "everything, always",
+            _needs("adapter", "step", "optimizer", "dice"),
+            "plain SGD has no state to lose, and without dropout nobody throws the dice",
+        ),
+    ),
+)
+
+
 def _changed(config: Any) -> set[str]:
     preset = FinetuneConfig.from_preset("embedded")
     names = {field.name for field in fields(preset)} - FREE_SETTINGS
@@ -302,8 +366,8 @@ def _preset(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig.from_preset("embedded", **changes)
 
 
-ex_9_5 = OpenCheck(
-    "9.5 one change",
+ex_9_6 = OpenCheck(
+    "9.6 one change",
     reference=my_config,
     mistakes=(
         Mistake(
