@@ -69,6 +69,7 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
         model: takes `input_ids` `[batch, tokens]`, returns an object with `.logits`.
         rows: token ids of each document, at least two.
     """
+    device = getattr(model, "device", "cpu")  # a plain function has none
     nats = torch.zeros(len(rows), dtype=torch.float64)
     tokens = torch.tensor([len(row) - 1 for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -79,11 +80,11 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
         labels = nn.utils.rnn.pad_sequence(
             [torch.tensor(rows[i][1:]) for i in chosen], batch_first=True, padding_value=IGNORED
         )
-        logits = model(input_ids=ids).logits[:, :-1].float()
+        logits = model(input_ids=ids.to(device)).logits[:, :-1].float()
         losses = F.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            logits.transpose(1, 2), labels.to(device), ignore_index=IGNORED, reduction="none"
         )
-        nats[chosen] = losses.double().sum(dim=1)
+        nats[chosen] = losses.double().sum(dim=1).cpu()
     return Surprise(nats, tokens)
 
 
