@@ -413,7 +413,8 @@ def row_style(row: str, method: str) -> dict[str, object]:
 def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     """A training step's memory at each of its four moments, against the memory of a card.
 
-    The peak is painted in full colours, the other moments pale; the title is the plan's sentence.
+    The peak has a frame; the key names what can be seen at any moment; the title is the plan's
+    sentence.
 
     >>> from qlora_edu.memory import plan_memory
     >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch=4), 24)
@@ -431,10 +432,13 @@ def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
             if not width:
                 continue
             style = row_style(row, plan.settings.method)
-            ax.barh(y, width, left=left, height=0.62, alpha=1 if at_peak else 0.35, **style)
+            ax.barh(y, width, left=left, height=0.62, **style)
             left += width
-            if at_peak and width > 0.002 * plan.peak_bytes / GIB:
+            if width > 0.002 * plan.peak_bytes / GIB:
                 shown[row] = Rectangle((0, 0), 1, 1, **style)
+        if at_peak:
+            frame = {"facecolor": "none", "edgecolor": PALETTE["ink"], "linewidth": 1.6}
+            ax.barh(y, left, height=0.74, zorder=4, **frame)
         text = f" {left:,.1f} GiB" + (", the peak" if at_peak else "")
         weight = "bold" if at_peak else "normal"
         ax.text(left + 0.004 * plan.peak_bytes / GIB, y, text, va="center", weight=weight, bbox=box)
@@ -452,8 +456,9 @@ def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     rows_of = f"{plan.batch} row{'s' * (plan.batch > 1)} of {plan.length:,} tokens"
     ax.set_xlabel(f"GiB on the device; {rows_of}{kind}, {plan.optimizer}")
     ax.grid(False)
+    names = [row for row in ROW_STYLES if row in shown]
     figure.legend(
-        list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=10
+        [shown[row] for row in names], names, loc="outside lower center", ncols=5, fontsize=9
     )
     ax.set_title(plan.sentence(card_gib), fontsize=11.5)
     return figure
