@@ -230,7 +230,7 @@ def bandwidth(small: bool, device: str) -> Rows:
     copying = seconds(partial(torch.Tensor.copy_, *two_of(copied, device)), **repeat)
     speed = 2 * copied / copying  # each byte is read and written
     yield {"what": "copy", "bytes": copied, "seconds": copying, "bytes_per_second": speed}
-    side = 256 if small else 8192  # 2^26 weights: a whole piece on a card, which is what compiles
+    side = 256 if small else 8192  # 2^26 weights: what is taken at a time on a card
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(side, side, device=device).to(dtype)
         mine = quantize(weight, double_quant=False)

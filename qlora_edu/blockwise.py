@@ -160,8 +160,10 @@ def piece_size(device: torch.device, pieces: int = 1) -> int:
     """How many weights to work on at a time: a few `PIECE`s on a CPU, 2^26 elsewhere.
 
     A GPU wants more than any cache holds: starting a call takes it as long as a million weights.
+    With several `pieces`, for compiled code, it is these everywhere: only whole ones are compiled,
+    and most layers have fewer than 2^26 weights.
     """
-    return pieces * PIECE if device.type == "cpu" else 2**26
+    return pieces * PIECE if device.type == "cpu" or pieces > 1 else 2**26
 
 
 def _two_in_a_byte(of_code: Tensor) -> Tensor:
@@ -180,7 +182,8 @@ def _compiled_quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor
     except RuntimeError as error:
         raise CompilerError(
             "compiled=True needs a C++ compiler and Python's headers (on Debian: apt-get install "
-            "g++ python3-dev); without compiled=True the result is the same, to the byte"
+            "g++ python3-dev), on a GPU Triton too; without compiled=True the result is the "
+            "same, to the byte"
         ) from error
 
 

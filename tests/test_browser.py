@@ -36,6 +36,7 @@ EXPLORED = [
     ("05_qlora_linear", 2),
     ("06_memory_budget", 3),
     ("07_paged_optimizers", 2),
+    ("08_three_ways_to_finetune", 2),
     ("09_finetune_7b", 1),
 ]
 
