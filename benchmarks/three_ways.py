@@ -8,7 +8,7 @@ same order. The learning rate warms up over 10 steps and falls along a cosine. F
 tuning   five learning rates for each way, two seeds, chosen by the mean validation loss;
 seeds    each way at its own rate, five seeds, measured on the test rows;
 bits     QLoRA over a base in 3 and in 2 bits: does the adapter mend what rounding broke?
-rows     100, 300 and 1,000 different rows in place of 2,400, at the same number of steps;
+rows     100, 300 and 1,000 different rows in place of 3,000, at the same number of steps;
 cost     seconds a step (ways take turns, so that all see the same machine) and peak memory.
 
 Each run is also asked for its perplexity on held-out *pretraining* text (what was forgotten?), and

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_edu.training import equivalence, mean_interval
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "data" / "results").glob("*.json"))
 
@@ -20,21 +22,42 @@ def test_every_result_names_command_date_machine_and_versions(path):
         assert word not in path.read_text()
 
 
-def test_the_readme_repeats_the_stored_comparison():
+def test_the_readme_repeats_what_the_untrained_base_can_do():
     report = json.loads((ROOT / "data" / "results" / "embedded_comparison.json").read_text())
     readme = " ".join((ROOT / "README.md").read_text().split())
-    for row in report["rows"]:
-        cells = (
-            f"{row['exact_match_after']:.2f}",
-            f"{row['held_out_loss_after']:.3f}",
-            f"{row['trainable_parameters']:,}",
-            f"{row['training_seconds']:.0f} s",
-        )
-        assert " | ".join(cells) in readme, f"{row['method']}: {cells}"
     base = report["base"]
     assert f"asked plainly, {base['0_shot']:.2f}" in readme
     assert f"three solved rows before the question, {base['3_shot']:.2f}" in readme
     assert f"manner of its own stories, {base['question_as_talk']:.2f}" in readme
+
+
+def test_the_readme_repeats_the_stored_study():
+    report = json.loads((ROOT / "data" / "results" / "three_ways.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    measures = ("exact_match", "held_out_loss", "text_perplexity")
+    found = {}
+    for way in ("full", "lora", "qlora", "qlora + embeddings", "houlsby"):
+        runs = [r for r in report["runs"] if (r["part"], r["way"]) == ("seeds", way)]
+        runs.sort(key=lambda run: run["seed"])
+        assert len(runs) >= 5
+        found[way] = {name: [run[name] for run in runs] for name in measures}
+        match, loss, text = (mean_interval(found[way][name]) for name in measures)
+        cells = (
+            f"{match.mean:.2f} [{match.low:.2f}, {match.high:.2f}]",
+            f"{loss.mean:.3f}",
+            f"{text.mean:.1f}",
+            f"{runs[0]['trainable']:,}",
+        )
+        assert " | ".join(cells) in readme, f"{way}: {cells}"
+    for measure, second, digits in (("exact_match", "full", 3), ("held_out_loss", "lora", 4)):
+        test = equivalence(found["qlora"][measure], found[second][measure], margin=0.05)
+        assert test.equivalent == (second == "lora")
+        mean, low, high = (f"{number:+.{digits}f}" for number in test.difference)
+        assert mean in readme and f"{low} to {high}" in readme
+    forgotten = {
+        way: mean_interval(values["text_perplexity"]).mean for way, values in found.items()
+    }
+    assert min(forgotten, key=forgotten.get) == "full"
 
 
 def test_what_the_project_promises_of_the_embedded_base_was_measured():

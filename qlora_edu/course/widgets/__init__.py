@@ -40,6 +40,17 @@ from qlora_edu.course.widgets.chapter_07 import (
     render_paging,
     replay_trace,
 )
+from qlora_edu.course.widgets.chapter_08 import (
+    STUDY_COLOURS,
+    STUDY_MEASURES,
+    STUDY_WAYS,
+    load_study,
+    render_study,
+    study_explorer,
+    study_pairs,
+    study_values,
+    study_verdict,
+)
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
 
@@ -49,10 +60,14 @@ __all__ = [
     "FLOAT32",
     "MERGE_NAMES",
     "OFFSETS",
+    "STUDY_COLOURS",
+    "STUDY_MEASURES",
+    "STUDY_WAYS",
     "UPDATE_SIZES",
     "bits_with_constants",
     "budget_explorer",
     "constants_explorer",
+    "load_study",
     "lora_explorer",
     "low_rank_errors",
     "memory_explorer",
@@ -70,10 +85,15 @@ __all__ = [
     "render_nf4_bins",
     "render_outlier_map",
     "render_paging",
+    "render_study",
     "render_trained_tokens",
     "render_training_memory",
     "replay_trace",
     "scaled_weights",
+    "study_explorer",
+    "study_pairs",
+    "study_values",
+    "study_verdict",
     "synthetic_update",
     "tokens_explorer",
 ]
