@@ -72,7 +72,7 @@ def row_order(
     padding (``group`` is the number of rows a step).
 
     >>> row_order(3, 7, seed=0)
-    [2, 0, 1, 0, 1, 2, 0]
+    [2, 0, 1, 2, 1, 0, 1]
     """
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
