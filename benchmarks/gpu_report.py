@@ -801,11 +801,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         for name in ("bitsandbytes", "peft", "transformers.models.llama.modeling_llama"):
-            import_module(name)  # what is imported here the forked tasks need not import,
-        if wanted & {"steps", "headline"}:
-            torch.set_num_threads(1)  # a process with a team of threads cannot be forked
-            for settings in METHODS.values():  # nor rehearse what was rehearsed here
-                plan_memory(TINY, device=device, **settings)
+            import_module(name)  # what is imported here the forked tasks need not import
+        # Nothing is computed here: a process with a team of threads cannot be forked. And the
+        # number of threads is not set: each thread of a forked task would then set it again,
+        # several at once while a model loads, and PyTorch sometimes loses its pool over that.
     facts = run_task("card", "card", arguments.dry_run, device, arguments.minutes)
     if len(facts) != 1 or "error" in facts[0]:
         print(f"error: this machine cannot be described: {facts}", file=sys.stderr)
