@@ -49,7 +49,7 @@ from stored import ROOT, stamp, store
 from torch import Tensor, nn
 
 from qlora_edu import QuantizedTensor, quantize
-from qlora_edu.blockwise import piece_size, unpack_nibbles
+from qlora_edu.blockwise import compiled_piece_size, unpack_nibbles
 from qlora_edu.loading import quiet
 from qlora_edu.memory import NEVER_PAGED, RESERVE, MemoryPlan, plan_memory
 from qlora_edu.paging import PagedAdamW, PagingCounters
@@ -238,7 +238,7 @@ def bandwidth(small: bool, device: str) -> Rows:
         moved = weight.nbytes + mine.nbytes
 
         def compiled_quantize(weight: Tensor = weight) -> Tensor:
-            if weight.numel() < piece_size(weight.device, pieces=4):
+            if weight.numel() < compiled_piece_size(weight.device):
                 raise ValueError(f"{weight.numel():,} weights are less than a piece: not compiled")
             return quantize(weight, double_quant=False, compiled=True).packed
 
@@ -518,6 +518,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     with quiet():
         model = build_random(TINY if small else model_name, plan.settings, device)
     built = round(time.perf_counter() - started, 1)
+    print(f"{model_name}, {stack}: built in {built} s", file=sys.stderr, flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     managed = plan.host_bytes
     optimizer = headline_optimizer(plan.optimizer, trained)
@@ -578,7 +579,7 @@ def headline_optimizer(name: str, trained: list[nn.Parameter]) -> torch.optim.Op
 
 # e: the study
 
-STUDY_WAYS, STUDY_SEEDS, WORKERS = ("full", "lora", "qlora", "qlora + embeddings"), 10, 4
+STUDY_WAYS, STUDY_SEEDS, WORKERS = ("full", "lora", "qlora", "qlora + embeddings"), 10, 8
 
 
 def study(small: bool, device: str) -> Rows:
@@ -682,7 +683,7 @@ def without_paths(text: str) -> str:
     >>> without_paths("File /a/b.c/d.py, see https://x.org/y")
     'File d.py, see (an address)'
     """
-    text = re.sub(r"\w+://\S+|\bhttp\S*", "(an address)", text)
+    text = re.sub(r"\w+://\S+|\bhttps?:\S*", "(an address)", text)
     return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/([\w.+@~-]+)", r"\1", text)
 
 

@@ -157,13 +157,19 @@ def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]
 
 
 def piece_size(device: torch.device, pieces: int = 1) -> int:
-    """How many weights to work on at a time: a few `PIECE`s on a CPU, 2^26 elsewhere.
+    """How many weights to work on at a time: some `PIECE`s on a CPU, 2^26 elsewhere.
 
     A GPU wants more than any cache holds: starting a call takes it as long as a million weights.
-    With several `pieces`, for compiled code, it is these everywhere: only whole ones are compiled,
-    and most layers have fewer than 2^26 weights.
     """
-    return pieces * PIECE if device.type == "cpu" or pieces > 1 else 2**26
+    return pieces * PIECE if device.type == "cpu" else 2**26
+
+
+def compiled_piece_size(device: torch.device) -> int:
+    """How many weights to give to compiled code at a time: four `PIECE`s on a CPU, 2^24 elsewhere.
+
+    Only whole pieces are compiled, so they are no larger than the layers of a 7B.
+    """
+    return 4 * PIECE if device.type == "cpu" else 2**24
 
 
 def _two_in_a_byte(of_code: Tensor) -> Tensor:
@@ -200,8 +206,9 @@ def quantize_blockwise(
         weight: any shape; float32, float16 or bfloat16.
         levels: a codebook of chapter 1, 1-D, of at most 16 levels.
         blocksize: one of `BLOCKSIZES`.
-        compiled: run pieces of a million weights through `torch.compile`, which needs a C++
-            compiler and some seconds at the first call. The result is the same to the byte.
+        compiled: run pieces of a million weights (16 million on a GPU) through `torch.compile`,
+            which needs a C++ compiler and some seconds at the first call. The result is the same to
+            the byte.
 
     Returns:
         The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
@@ -235,7 +242,7 @@ def quantize_blockwise(
     absmax = torch.empty(-(-n // blocksize), device=weight.device)
     in_blocks = n - n % blocksize
     # Compiled code keeps its temporaries in registers and likes longer pieces.
-    piece = piece_size(weight.device, pieces=4 if compiled else 1)
+    piece = (compiled_piece_size if compiled else piece_size)(weight.device)
     for start in range(0, in_blocks, piece):
         stop = min(start + piece, in_blocks)
         # Only whole pieces are compiled: the remainder would be compiled anew for every size.
