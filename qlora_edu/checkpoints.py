@@ -186,7 +186,13 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimizer as tensors, named ``<parameter>.<entry>``, and as JSON."""
-    state = optimizer.state_dict()
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
+    # bitsandbytes' own state_dict hides its tensors in a dictionary of dictionaries; torch's shows
+    # them.
+    bare = (
+        torch.optim.Optimizer.state_dict if hasattr(inner, "init_state") else type(inner).state_dict
+    )
+    state = bare(inner)
     tensors, numbers = {}, {}
     for index, entries in state["state"].items():
         for name, value in entries.items():

@@ -20,7 +20,8 @@ from qlora_edu.codebooks import LEVELS, QuantizationError, get_levels
 # No deadline and no complaint about slow generation: a busy machine is no fault of the code.
 unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
-ON_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+# With a card bitsandbytes loads its library for CUDA, which has no kernels for the processor.
+ON_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cuda.is_available()
 
 
 @st.composite

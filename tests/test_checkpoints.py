@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -558,6 +559,7 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_files(base, tmp_path):
         lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: bitsandbytes.optim.AdamW32bit(p, lr=0.1),
     ],
 )
 def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):

@@ -96,7 +96,7 @@ def test_a_paged_step_is_torchs_to_the_bit(dtype, prefetch):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_plan_is_what_the_card_gives(method):
-    """Within 2 %: the allocator rounds every tensor up to 512 bytes, and these are small."""
+    """Within 8 MiB: PyTorch's pieces are of 512 bytes, and cuBLAS takes some room of its own."""
     tiny = {
         "model_type": "llama",
         "hidden_size": 512,
@@ -121,7 +121,7 @@ def test_the_plan_is_what_the_card_gives(method):
         optimizer.step()
         optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated() - before
-    assert plan.peak_bytes == pytest.approx(peak, rel=0.02)
+    assert plan.peak_bytes == pytest.approx(peak, abs=2**23)
 
 
 def embedded(tmp_path, **changes):
