@@ -17,7 +17,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab test lint format doctor course finetune bench experiments gpu-report \
-    notebooks clean
+    claims notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -72,6 +72,9 @@ experiments: $(READY)  ## chapter 8's study: interrupt it, run it again, it goes
 
 gpu-report: $(READY)  ## measure on this machine's GPU (ARGS=--dry-run: try it on a CPU)
 	$(OFFLINE) $(PY) benchmarks/gpu_report.py $(ARGS)
+
+claims: $(READY)  ## recompute the claims ledger, here and in the README
+	$(OFFLINE) $(PY) -m qlora_edu.course.claims
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs
 	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)

@@ -3,6 +3,7 @@
 python -m qlora_edu doctor                       is this machine ready?
 python -m qlora_edu plan llama-7b --card 24      will a training step fit?
 python -m qlora_edu finetune --preset embedded   QLoRA from start to finish
+python -m qlora_edu chat --use all               talk to the base and its adapters
 python -m qlora_edu random-init llama-7b FOLDER  a real architecture, to measure without the Hub
 """
 
@@ -25,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         from qlora_edu.finetune import main as finetune_main
 
         return finetune_main(rest) or 0
+    if command == "chat":
+        from qlora_edu.chat import main as chat_main
+
+        return chat_main(rest)
     if command == "random-init":
         from qlora_edu.random_init import main as random_init_main
 
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     print(__doc__.strip())
     if command in ("-h", "--help"):
         return 0
-    print(f"\nno command {command!r}: doctor, plan, finetune or random-init", file=sys.stderr)
+    print(f"\nno command {command!r}: doctor, plan, finetune, chat or random-init", file=sys.stderr)
     return 2
 
 

@@ -123,8 +123,12 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     return attach_adapter(model, folder), tokenizer
 
 
-def attach_adapter(model: Any, folder: str | Path, *, allow_partial: bool = False) -> Any:
+def attach_adapter(
+    model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
+) -> Any:
     """Lay an adapter that PEFT or this course has written on ``model``: all of it, or none.
+
+    A model that has an adapter already gets another one beside it, under another ``name``.
 
     PEFT itself would pass over tensors that are missing (a deeper base), left over or damaged.
     Whether the *weights* of the base are the right ones only ``load_run`` can tell.
@@ -147,13 +151,12 @@ def attach_adapter(model: Any, folder: str | Path, *, allow_partial: bool = Fals
         raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
     changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
     kinds = {name.rpartition(".")[2] for name in changed}
-    left_out = [
-        name
+    linear = {
+        name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and name.rpartition(".")[2] in kinds
-        and name not in changed
-    ]
+    }
+    left_out = sorted(n for n in linear if n.rpartition(".")[2] in kinds and n not in changed)
     if left_out and not allow_partial and not getattr(config, "layers_to_transform", None):
         raise AdapterMismatchError(
             f"the adapter in {folder} leaves out {len(left_out)} layers of the kinds that it "
@@ -161,14 +164,20 @@ def attach_adapter(model: Any, folder: str | Path, *, allow_partial: bool = Fals
             "was trained on, or allow_partial=True if some blocks were left out on purpose",
             left_out,
         )
+    several = hasattr(model, "peft_config")
     with quiet():
-        adapted = get_peft_model(model, config)
+        if several:
+            adapted = model
+            model.add_adapter(name, config)
+        else:
+            adapted = get_peft_model(model, config, adapter_name=name)
         try:
-            check_tensors(get_peft_model_state_dict(adapted, save_embedding_layers=False), tensors)
+            own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+            check_tensors(own, tensors)
         except LoRAError:
-            adapted.unload()
+            adapted.delete_adapter(name) if several else adapted.unload()
             raise
-        fill(adapted, tensors)
+        fill(adapted, tensors, adapter_name=name)
     return adapted.eval()
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from qlora_edu.memory import DoesNotFitError
 from qlora_edu.run_folder import RunExistsError
 from qlora_edu.training import TrainingError, collate, held_out_loss
 
+ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -347,12 +349,23 @@ def test_a_row_too_long_for_the_card_is_named_before_the_run():
 
 def test_minutes_follow_the_passes():
     config = FinetuneConfig.from_preset("guanaco-7b")
-    whole = expected_minutes(config, 10**9, 100)
+    whole = expected_minutes(config, 10**9, 0, 100)
     assert whole == pytest.approx(3 * 2e9 * 30_000 * 512 / 30e12 / 60)
-    without = expected_minutes(config.replace(gradient_checkpointing=False), 10**9, 100)
+    without = expected_minutes(config.replace(gradient_checkpointing=False), 10**9, 0, 100)
     assert without == pytest.approx(whole * 2 / 3)
     full = config.replace(method="full")
-    assert expected_minutes(full, 10**9, 100) == pytest.approx(whole * 4 / 3)
+    assert expected_minutes(full, 10**9, 0, 100) == pytest.approx(whole * 4 / 3)
+
+
+def test_minutes_are_within_a_half_of_what_a_card_took():
+    report = json.loads((ROOT / "data" / "results" / "gpu_steps.json").read_text())
+    assert "H100" in report["machine"]
+    for row in report["rows"]:
+        method = row["settings"]["method"]
+        config = FinetuneConfig.from_preset("guanaco-7b", method=method, max_length=row["length"])
+        config = config.replace(max_steps=60, gradient_accumulation=1)
+        predicted = expected_minutes(config, 6_607_077_376, 32, tflops=989)
+        assert 0.6 < predicted / row["seconds_a_step"] < 1.5
 
 
 def test_the_model_answers_as_it_learns(config, capsys):

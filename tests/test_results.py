@@ -41,11 +41,12 @@ def test_the_readme_repeats_the_stored_study():
         runs.sort(key=lambda run: run["seed"])
         assert len(runs) >= 5
         found[way] = {name: [run[name] for run in runs] for name in measures}
-        match, loss, text = (mean_interval(found[way][name]) for name in measures)
+        match, loss = (mean_interval(found[way][name]) for name in measures[:2])
+        nats = [math.log(perplexity) for perplexity in found[way]["text_perplexity"]]
         cells = (
             f"{match.mean:.2f} [{match.low:.2f}, {match.high:.2f}]",
             f"{loss.mean:.3f}",
-            f"{text.mean:.1f}",
+            f"{math.exp(mean_interval(nats).mean):.1f}",
             f"{runs[0]['trainable']:,}",
         )
         assert " | ".join(cells) in readme, f"{way}: {cells}"
@@ -150,3 +151,33 @@ def test_every_paged_step_moved_what_the_theory_says():
         assert row["faults"] + row["prefetched"] == (0 if fits else pages)
         assert row["bytes_in"] == row["bytes_out"] == (0 if fits else report["state_bytes"])
         assert row["ratio"] == pytest.approx(row["paged_s"] / row["plain_s"])
+
+
+def test_the_readme_repeats_what_the_card_took():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    headline = json.loads((ROOT / "data" / "results" / "gpu_headline.json").read_text())
+    for theirs, ours in zip(headline["rows"][1::2], headline["rows"][::2], strict=True):
+        assert (theirs["stack"], ours["stack"]) == ("bitsandbytes", "qlora_edu")
+        assert theirs["fits"] and ours["fits"] and "RANDOM WEIGHTS" in ours["weights"]
+        numbers = (
+            f"{theirs['card_bytes'] / 1e9:.0f} GB",
+            f"{theirs['peak_bytes'] / 1e9:.1f} GB",
+            f"{theirs['plan_bytes'] / 1e9:.1f} GB",
+            f"{theirs['seconds_a_step']:.2f} s",
+            f"{ours['seconds_a_step']:.2f} s",
+        )
+        assert " | ".join(numbers) in readme
+    steps = json.loads((ROOT / "data" / "results" / "gpu_steps.json").read_text())["rows"]
+    missing = [(row["peak_allocated_bytes"] - row["plan_bytes"]) / 2**20 for row in steps]
+    assert len(steps) == 12 and {round(mib) for mib in missing} == {64}
+    assert max(abs(row["relative_error"]) for row in steps) < 0.013
+    rows = json.loads((ROOT / "data" / "results" / "gpu_quantiser.json").read_text())["rows"]
+    nf4 = [r for r in rows if r["what"] == "equality" and r["levels"] == "nf4"]
+    for row in nf4:
+        assert row["packed"]["of"] > 8e6
+        assert row["packed"]["differing"] <= (5 if row["dtype"] == "float32" else 0)
+    paging = json.loads((ROOT / "data" / "results" / "gpu_paging.json").read_text())["rows"]
+    took = {row["task"]: 1000 * row["seconds_a_step"] for row in paging if "error" not in row}
+    ours = min(ms for name, ms in took.items() if name.startswith("ours"))
+    theirs, torchs = took["bitsandbytes PagedAdamW32bit"], took["torch AdamW, fused"]
+    assert f"{ours:.0f} ms beside {theirs:.0f} ms of" in readme and f"{torchs:.0f} ms of" in readme

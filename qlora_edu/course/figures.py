@@ -470,14 +470,15 @@ def draw_trained_tokens(
     """A training row token by token: read only, trained on, or cut away by the length limit.
 
     `trained[i]` says whether the loss looks at token `i`; tokens from `max_length` on are cut away.
-    `width` is the line length in characters.
+    `width` is the line length in characters. A token that is nothing but spaces is drawn as ␣.
 
-    >>> figure = draw_trained_tokens(["Who", "?", "Ada"], [False, False, True], 9, "a row")
+    >>> figure = draw_trained_tokens(["Who", " ", "Ada"], [False, False, True], 9, "a row")
     >>> [text.get_text() for text in figure.axes[0].texts][:3]
-    ['Who', '?', 'Ada']
+    ['Who', '␣', 'Ada']
     >>> plt.close(figure)
     """
     tokens = [token.replace("\n", "↵") for token in tokens]
+    tokens = [token if token.strip(" ") else "␣" * len(token) for token in tokens]
     places, column, line = [], 0.0, 0
     for token in tokens:
         needed = len(token) + 0.9
@@ -517,8 +518,9 @@ def draw_trained_tokens(
     kinds = {
         "read, not trained on": (PALE_GREY, "none", "-"),
         "trained on": (PALETTE["adapter"], "none", "-"),
-        "cut away": ("white", PALETTE["gradient"], ":"),
     }
+    if max_length < len(tokens):
+        kinds["cut away"] = ("white", PALETTE["gradient"], ":")
     patches = [
         Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge, linestyle=style)
         for face, edge, style in kinds.values()

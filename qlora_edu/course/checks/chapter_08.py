@@ -373,7 +373,7 @@ ex_8_5 = OpenCheck(
         Mistake(
             "b: not significant, so equal",
             _but(b="equivalent"),
-            "(b) p = 0.4 means that no difference was found. Three runs would hardly find one: the "
+            "(b) p = 0.5 means that no difference was found. Three runs would hardly find one: the "
             "interval reaches far beyond the margin on both sides",
             _says("b", ["equivalent"]),
         ),
@@ -422,7 +422,7 @@ def plan_comparison() -> dict[str, Any]:
         "rates": {"lora": (1e-4, 2e-4, 4e-4, 8e-4), "qlora": (1e-4, 2e-4, 4e-4, 8e-4)},
         "tune_on": "valid",
         "report_on": "test",
-        "seeds": 10,
+        "seeds": 22,
         "rows": "the same, in the same order",
         "margin": "before the runs",
     }

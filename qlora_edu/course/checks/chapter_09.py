@@ -14,7 +14,7 @@ from qlora_edu.course.checks.core import Case, Check, Mistake, OpenCheck
 
 CARDS = (16, 24, 48, 80)
 # Not experiments: how long the run is, what it is called and how many answers are looked at.
-FREE_SETTINGS = {"name", "max_steps", "answer_rows", "output_dir", "sample_steps", "save_steps"}
+FREE_SETTINGS = set("name max_steps answer_rows output_dir sample_steps save_steps seed".split())
 
 
 def optimizer_steps(rows: int, batch_size: int, accumulation: int, epochs: int) -> int:

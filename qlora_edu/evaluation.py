@@ -1,0 +1,345 @@
+"""Chapter 10. Which of these systems is better? Judges, a tournament, and ratings.
+
+Guanaco was not measured against right answers, since a conversation has none. Answers of two
+systems to one prompt are laid side by side, a judge says which is better (or that neither is), and
+from many such *games* each system gets a rating: by Elo, as for chess players, or by the model that
+Elo approximates, Bradley and Terry's. Here a judge is a plain function, so that a person, a program
+or another model can be one; and every rating comes with the question that the number alone hides:
+how far would it have moved with other prompts, another order, another judge?
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qlora_edu.training import Interval
+
+Row = Mapping[str, Any]
+"""``{"prompt": str, "answers": {system: str}}``, and maybe ``"wanted"``, the right answer."""
+
+Judge = Callable[[Row, str, str], float]
+"""``judge(row, first, second)``: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
+
+
+class EvaluationError(ValueError):
+    """The answers, a verdict or the games cannot be used; the message says which and why."""
+
+
+class Game(NamedTuple):
+    """One verdict: which two systems met on which row, and the score of the first."""
+
+    first: str
+    second: str
+    score: float
+    row: int
+
+
+# Answers and judges
+
+
+def read_answers(path: str | Path) -> list[dict[str, Any]]:
+    """Read answers to compare: JSONL, a prompt a line, with the answer of each system.
+
+    Raises:
+        EvaluationError: naming file and line, if a line is no JSON, lacks ``prompt`` or
+            ``answers``, has fewer than two systems, or others than the first line.
+    """
+    path, rows = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read answers from {path}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{where}: no JSON: {error}") from error
+        _check_row(row, where)
+        if rows and row["answers"].keys() != rows[0]["answers"].keys():
+            raise EvaluationError(
+                f"{where} has answers of {sorted(row['answers'])}, the first line of "
+                f"{sorted(rows[0]['answers'])}; every system must answer every prompt"
+            )
+        rows.append(row)
+    if not rows:
+        raise EvaluationError(f"{path} holds no rows")
+    return rows
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise EvaluationError(f'{where}: wants {{"prompt": "…", "answers": {{…}}}}')
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or len(answers) < 2:
+        raise EvaluationError(f"{where}: `answers` must hold at least two systems")
+    for system, answer in answers.items():
+        if not isinstance(answer, str):
+            raise EvaluationError(f"{where}: the answer of {system!r} is no string: {answer!r}")
+
+
+def exact_judge(row: Row, first: str, second: str) -> float:
+    """Right beats wrong: an answer is right if it equals ``row["wanted"]``.
+
+    >>> row = {"prompt": "Who?", "wanted": "Ada"}
+    >>> exact_judge(row, "Ada", "Ada Lovelace"), exact_judge(row, "Eva", "Nobody")
+    (1.0, 0.5)
+    """
+    return _compare(*(answer.strip() == row["wanted"].strip() for answer in (first, second)))
+
+
+def word_judge(row: Row, first: str, second: str) -> float:
+    """Nearer beats farther: by the words that an answer shares with ``row["wanted"]``.
+
+    >>> row = {"prompt": "What?", "wanted": "a red lamp"}
+    >>> word_judge(row, "a lamp", "Not mentioned."), word_judge(row, "red", "lamp")
+    (1.0, 0.5)
+    """
+    return _compare(*(word_f1(answer, row["wanted"]) for answer in (first, second)))
+
+
+def word_f1(answer: str, wanted: str) -> float:
+    """F1 of the words, each counted as often as it occurs; what SQuAD measured answers with.
+
+    >>> word_f1("a lamp", "a red lamp")  # precision 2/2, recall 2/3
+    0.8
+    """
+    mine, theirs = (_words(text) for text in (answer, wanted))
+    common = sum(min(mine.count(word), theirs.count(word)) for word in set(mine))
+    return 2 * common / (len(mine) + len(theirs)) if mine or theirs else 1.0
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
+
+
+def _compare(first: float, second: float) -> float:
+    return 0.5 if first == second else float(first > second)
+
+
+def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
+    """Let every two systems meet on every row; with ``both_orders`` twice, each first once.
+
+    Raises:
+        EvaluationError: if a verdict is not 0, 0.5 or 1.
+
+    >>> row = {"prompt": "Who?", "wanted": "Ada", "answers": {"base": "Eva", "tuned": "Ada"}}
+    >>> play([row], exact_judge)  # doctest: +NORMALIZE_WHITESPACE
+    [Game(first='base', second='tuned', score=0.0, row=0),
+     Game(first='tuned', second='base', score=1.0, row=0)]
+    """
+    games = []
+    for i, row in enumerate(rows):
+        answers = row["answers"]
+        meet = itertools.permutations if both_orders else itertools.combinations
+        for first, second in meet(answers, 2):
+            score = judge(row, answers[first], answers[second])
+            if score not in (0, 0.5, 1):
+                raise EvaluationError(
+                    f"row {i}, {first!r} against {second!r}: a verdict is 1 (the first is better), "
+                    f"0.5 (a tie) or 0, not {score!r}"
+                )
+            games.append(Game(first, second, float(score), i))
+    return games
+
+
+# Ratings
+
+
+def expected_score(rating: float, other: float) -> float:
+    """Elo's expectation of a game: 400 points ahead are ten wins to one.
+
+    >>> expected_score(1000, 1000), round(expected_score(1400, 1000), 4)
+    (0.5, 0.9091)
+    """
+    return 1 / (1 + 10 ** ((other - rating) / 400))
+
+
+def elo(games: Sequence[Game], k: float = 32, start: float = 1000) -> dict[str, float]:
+    """Elo ratings after the games, taken in the order given: it matters.
+
+    Each game moves both ratings by ``k`` times what came as a surprise; their sum stays.
+
+    >>> elo([Game("a", "b", 1.0, 0)])
+    {'a': 1016.0, 'b': 984.0}
+    """
+    ratings = dict.fromkeys(_systems(games), float(start))
+    for first, second, score, _ in games:
+        change = k * (score - expected_score(ratings[first], ratings[second]))
+        ratings[first] += change
+        ratings[second] -= change
+    return ratings
+
+
+def elo_over_orders(
+    games: Sequence[Game],
+    orders: int = 10_000,
+    k: float = 32,
+    start: float = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Mean Elo over random orders of the games, and where the middle 95 % of the orders end.
+
+    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000. The interval tells
+    what the *order* does and nothing else: the games are the same in all of them.
+
+    >>> games = [Game("a", "b", 1.0, 0), Game("a", "b", 1.0, 1), Game("a", "b", 0.0, 2)]
+    >>> {name: round(rating.mean) for name, rating in elo_over_orders(games, 1000).items()}
+    {'a': 1015, 'b': 985}
+    """
+    systems = _systems(games)
+    index = {name: i for i, name in enumerate(systems)}
+    first = np.array([index[game.first] for game in games])
+    second = np.array([index[game.second] for game in games])
+    score = np.array([game.score for game in games])
+    order = np.random.default_rng(seed).permuted(
+        np.tile(np.arange(len(games)), (orders, 1)), axis=1
+    )
+    ratings, each = np.full((orders, len(systems)), float(start)), np.arange(orders)
+    for game in order.T:  # the n-th game of every order at once
+        a, b = first[game], second[game]
+        surprise = score[game] - expected_score(ratings[each, a], ratings[each, b])
+        ratings[each, a] += k * surprise
+        ratings[each, b] -= k * surprise
+    return _intervals(systems, ratings.mean(axis=0), ratings, confidence)
+
+
+def bradley_terry(games: Sequence[Game], start: float = 1000) -> dict[str, float]:
+    """The ratings under which the games are likeliest, on Elo's scale; no order comes into it.
+
+    A tie counts as half a win for each. Found by the fixed point of Zermelo (1929): a system's
+    strength is its wins over the sum, over its games, of 1 / (its strength + the other's).
+
+    Raises:
+        EvaluationError: if some systems never lost a point to the others: their ratings would be
+            infinite.
+
+    >>> games = [Game("a", "b", 1.0, 0)] * 10 + [Game("b", "a", 1.0, 0)]
+    >>> {name: round(rating) for name, rating in bradley_terry(games).items()}
+    {'a': 1200, 'b': 800}
+    """
+    systems = _systems(games)
+    wins = _wins(games, systems).sum(axis=0)
+    _check_connected(wins, systems)
+    ratings = _fit(wins[None])[0]
+    return dict(zip(systems, (float(start + rating) for rating in ratings), strict=True))
+
+
+def bradley_terry_over_rows(
+    games: Sequence[Game],
+    rounds: int = 1000,
+    start: float = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap).
+
+    The interval answers: *had there been other prompts like these?* Half a tie between every two
+    systems is added in each round, so that no rating is infinite because of the draw.
+
+    >>> games = [Game("a", "b", float(i % 3 > 0), i) for i in range(60)]
+    >>> a = bradley_terry_over_rows(games)["a"]
+    >>> round(a.mean), a.low < a.mean < a.high
+    (1060, True)
+    """
+    systems = _systems(games)
+    wins = _wins(games, systems)
+    _check_connected(wins.sum(axis=0), systems)
+    draws = np.random.default_rng(seed).multinomial(
+        len(wins), np.full(len(wins), 1 / len(wins)), size=rounds
+    )
+    drawn = np.einsum("bn,nij->bij", draws, wins) + 0.25 * (1 - np.eye(len(systems)))
+    centre = _fit(wins.sum(axis=0)[None])[0]
+    return _intervals(systems, start + centre, start + _fit(drawn), confidence)
+
+
+def relative_score(
+    scores: Sequence[float],
+    reference: Sequence[float],
+    rounds: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Vicuna's measure: the sum of a system's scores as a percentage of the reference's.
+
+    ``scores`` and ``reference`` are a judge's marks (of 10, say) for the answers to the same
+    prompts. The interval comes from prompts drawn anew. It is a share of *marks*: 99 % means that
+    the judge gave nearly as many, and not that 99 of 100 answers were as good.
+
+    Raises:
+        EvaluationError: if there is not one score of each for every prompt, or no mark at all.
+
+    >>> relative_score([8, 6, 7], [8, 8, 8]).mean
+    87.5
+    """
+    mine, theirs = np.asarray(scores, float), np.asarray(reference, float)
+    if mine.shape != theirs.shape or mine.ndim != 1 or not len(mine):
+        raise EvaluationError(f"{mine.size} scores beside {theirs.size}; need one for each prompt")
+    if theirs.min() < 0 or theirs.sum() <= 0:
+        raise EvaluationError("the reference has no marks (or negative ones) to be a share of")
+    draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
+    totals = theirs[draws].sum(axis=1)
+    shares = 100 * mine[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
+    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(100 * mine.sum() / theirs.sum()), float(low), float(high))
+
+
+def _systems(games: Sequence[Game]) -> list[str]:
+    if not games:
+        raise EvaluationError("no games, so no ratings")
+    return list(dict.fromkeys(name for game in games for name in game[:2]))
+
+
+def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
+    """Points that system i took from system j in each row: ``[rows, systems, systems]``."""
+    index = {name: i for i, name in enumerate(systems)}
+    rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
+    wins = np.zeros((len(rows), len(systems), len(systems)))
+    for first, second, score, row in games:
+        wins[rows[row], index[first], index[second]] += score
+        wins[rows[row], index[second], index[first]] += 1 - score
+    return wins
+
+
+def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
+    """A way of points must lead from every system to every other, or the likelihood has no top."""
+    from scipy.sparse.csgraph import connected_components
+
+    count, group = connected_components(wins > 0, connection="strong")
+    if count > 1:
+        aside = [name for name, g in zip(systems, group, strict=True) if g == group[-1]]
+        raise EvaluationError(
+            f"{', '.join(map(repr, aside))} and the others did not take points from each other in "
+            "both directions, so their distance has no finite estimate; play more games, or leave "
+            "them out"
+        )
+
+
+def _fit(wins: np.ndarray) -> np.ndarray:
+    """Ratings around 0, on Elo's scale, for a batch of matrices of points ``[b, n, n]``."""
+    games, won = wins + wins.transpose(0, 2, 1), wins.sum(axis=2)
+    strength = np.ones(won.shape)
+    for _ in range(10_000):
+        before = strength
+        pairs = strength[:, :, None] + strength[:, None, :]
+        strength = won / (games / pairs).sum(axis=2)
+        strength /= np.exp(np.log(strength).mean(axis=1, keepdims=True))
+        if np.abs(np.log(strength / before)).max() < 1e-9:
+            break
+    return 400 / math.log(10) * np.log(strength)
+
+
+def _intervals(
+    systems: Sequence[str], centre: np.ndarray, found: np.ndarray, confidence: float
+) -> dict[str, Interval]:
+    ends = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    columns = zip(systems, centre, *ends, strict=True)
+    return {name: Interval(*map(float, numbers)) for name, *numbers in columns}
