@@ -200,15 +200,16 @@ def elo_over_orders(
     first = np.array([index[game.first] for game in games])
     second = np.array([index[game.second] for game in games])
     score = np.array([game.score for game in games])
-    order = np.random.default_rng(seed).permuted(
-        np.tile(np.arange(len(games)), (orders, 1)), axis=1
-    )
-    ratings, each = np.full((orders, len(systems)), float(start)), np.arange(orders)
-    for game in order.T:  # the n-th game of every order at once
-        a, b = first[game], second[game]
-        surprise = score[game] - expected_score(ratings[each, a], ratings[each, b])
-        ratings[each, a] += k * surprise
-        ratings[each, b] -= k * surprise
+    dice, ratings = np.random.default_rng(seed), np.full((orders, len(systems)), float(start))
+    for at in range(0, orders, 1000):  # all orders together would take a gigabyte
+        some = ratings[at : at + 1000]
+        each, all_games = np.arange(len(some)), np.arange(len(games), dtype=np.int32)
+        order = dice.permuted(np.tile(all_games, (len(some), 1)), axis=1)
+        for game in order.T:  # the n-th game of every order at once
+            a, b = first[game], second[game]
+            surprise = score[game] - expected_score(some[each, a], some[each, b])
+            some[each, a] += k * surprise
+            some[each, b] -= k * surprise
     return _intervals(systems, ratings.mean(axis=0), ratings, confidence)
 
 

@@ -27,6 +27,7 @@ RUN_ALL = 180  # s; the notebook takes a tenth of it on two cores
 # A notebook, and how many of its sliders are moved. The first is run from top to bottom; of the
 # others only the cells that a slider needs, for they are run whole by nbval.
 WHOLE = "01_nf4_quantile_bins"
+CHATTY = "10_evaluate_merge_serve"  # it has a chat besides: a copy holds nothing else
 EXPLORED = [
     (WHOLE, 2),
     ("00_start_here", 1),
@@ -38,6 +39,7 @@ EXPLORED = [
     ("07_paged_optimizers", 2),
     ("08_three_ways_to_finetune", 2),
     ("09_finetune_7b", 1),
+    (CHATTY, 1),
 ]
 
 pytestmark = [
@@ -74,6 +76,10 @@ def lab(tmp_path_factory):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / f"{name}.ipynb")
+    notebook = nbformat.read(folder / f"{CHATTY}.ipynb", as_version=4)
+    playground = nbformat.v4.new_code_cell("widgets.playground()", id="playground")
+    notebook.cells = [cell for cell in notebook.cells if cell.id == "set-up"] + [playground]
+    nbformat.write(notebook, folder / "chat.ipynb")
     port = free_port()
     log = (folder / "lab.log").open("w")
     settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
@@ -189,14 +195,36 @@ def run_all_cells(page, until) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "sliders"), EXPLORED, ids=[name for name, _ in EXPLORED])
-def test_a_slider_moved_with_the_keyboard_changes_the_picture(lab, page, name, sliders):
+def open_notebook(lab, page, name: str) -> None:
+    """Open it with its kernel running, and wait until both are idle."""
     address, runtime = lab
     start_kernel(address, runtime, name)
     page.goto(f"{address}/lab/tree/{name}.ipynb?reset", timeout=120_000)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
     idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     idle.first.wait_for(timeout=120_000)
+
+
+def test_a_message_is_answered_and_an_empty_one_refused(lab, page):
+    open_notebook(lab, page, "chat")
+    send = page.get_by_role("button", name="Send")
+    run_all_cells(page, until=send)
+    message = page.locator(".jp-OutputArea textarea")
+    answer = page.locator(".jp-OutputArea .widget-html").filter(has_text="all")
+    message.fill("Ada sold a red lamp to Otto for 12 coins.\nWho sold it?")
+    message.blur()
+    send.click()
+    answer.filter(has_text="Ada").first.wait_for(timeout=120_000)
+    message.fill("  ")
+    message.blur()
+    send.click()
+    page.get_by_text("the message is empty").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop").wait_for()
+
+
+@pytest.mark.parametrize(("name", "sliders"), EXPLORED, ids=[name for name, _ in EXPLORED])
+def test_a_slider_moved_with_the_keyboard_changes_the_picture(lab, page, name, sliders):
+    open_notebook(lab, page, name)
     handles = page.locator(".jp-OutputArea .widget-slider [role=slider]")
     run_all_cells(page, until=handles)
     page.locator(".widget-image").first.wait_for(timeout=60_000)

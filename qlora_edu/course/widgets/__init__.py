@@ -53,8 +53,10 @@ from qlora_edu.course.widgets.chapter_08 import (
 )
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
 from qlora_edu.course.widgets.core import Explorer
+from qlora_edu.course.widgets.playground import Playground, playground
 
 __all__ = [
+    "Playground",
     "DRAWS",
     "Explorer",
     "FLOAT32",
@@ -77,6 +79,7 @@ __all__ = [
     "nf4_rms_error",
     "outlier_explorer",
     "paging_explorer",
+    "playground",
     "record_trace",
     "render_budget",
     "render_constants",
