@@ -172,7 +172,9 @@ def _apply_template(tokenizer: Any, messages: list[Message], **options: bool) ->
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, as is usual for a "
             "base model; set chat_template='guanaco' for the paper's layout"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    # Whoever asks says what is too long; the tokenizer would warn of it besides.
+    kind = {"tokenize": True, "return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+    return tokenizer.apply_chat_template(messages, **kind, **options)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

@@ -165,6 +165,7 @@ def attach_adapter(
             left_out,
         )
     several = hasattr(model, "peft_config")
+    config.base_model_name_or_path = None  # PEFT writes down what the base is called here
     with quiet():
         if several:
             adapted = model

@@ -52,6 +52,16 @@ from qlora_edu.course.widgets.chapter_08 import (
     study_verdict,
 )
 from qlora_edu.course.widgets.chapter_09 import render_trained_tokens, tokens_explorer
+from qlora_edu.course.widgets.chapter_10 import (
+    JUDGES,
+    RATINGS,
+    load_tournament,
+    longer_judge,
+    render_tournament,
+    tournament_explorer,
+    tournament_games,
+    tournament_ratings,
+)
 from qlora_edu.course.widgets.core import Explorer
 from qlora_edu.course.widgets.playground import Playground, playground
 
@@ -60,8 +70,10 @@ __all__ = [
     "DRAWS",
     "Explorer",
     "FLOAT32",
+    "JUDGES",
     "MERGE_NAMES",
     "OFFSETS",
+    "RATINGS",
     "STUDY_COLOURS",
     "STUDY_MEASURES",
     "STUDY_WAYS",
@@ -70,6 +82,8 @@ __all__ = [
     "budget_explorer",
     "constants_explorer",
     "load_study",
+    "load_tournament",
+    "longer_judge",
     "lora_explorer",
     "low_rank_errors",
     "memory_explorer",
@@ -89,6 +103,7 @@ __all__ = [
     "render_outlier_map",
     "render_paging",
     "render_study",
+    "render_tournament",
     "render_trained_tokens",
     "render_training_memory",
     "replay_trace",
@@ -99,4 +114,7 @@ __all__ = [
     "study_verdict",
     "synthetic_update",
     "tokens_explorer",
+    "tournament_explorer",
+    "tournament_games",
+    "tournament_ratings",
 ]

@@ -28,8 +28,8 @@ from qlora_edu.training import Interval
 TOURNAMENT = DATA / "results" / "tournament.json"
 ELO, BRADLEY_TERRY = "Elo over 1,000 orders", "Bradley–Terry over prompts"
 RATINGS = {
-    ELO: "where the middle 95 % of 1,000 orders of the same games end",
-    BRADLEY_TERRY: "the middle 95 % of 1,000 draws of other prompts",
+    ELO: "the middle 95 % of 1,000 orders of the same games",
+    BRADLEY_TERRY: "the middle 95 % of 1,000 draws of the prompts",
 }
 SYSTEM_COLOURS = {"none": PALETTE["base"], **STUDY_COLOURS, "fp4": PALETTE["quantized"]}
 
@@ -135,6 +135,7 @@ def draw_ratings(ax: Axes, ratings: dict[str, Interval]) -> None:
         ax.text(found.high, y, f"  {found.mean:.0f}", color=color, va="center")
         ax.get_yticklabels()[y].set_color(color)
     ax.set_ylim(len(ratings) - 0.5, -0.5)
+    ax.margins(x=0.09)  # room for the last number
     ax.grid(axis="x")
 
 
@@ -158,8 +159,8 @@ def render_tournament(judge: str = "exact answer", rating: str = ELO, prompts: i
         ax.axis("off")
         return figure_png(figure)
     draw_ratings(ax, ratings)
-    ax.set_title(first_and_second(ratings))
-    ax.set_xlabel(f"rating by the {judge}, {prompts} prompts; the bar is {RATINGS[rating]}")
+    ax.set_title(f"{judge.capitalize()}, {prompts} prompts: {first_and_second(ratings)}")
+    ax.set_xlabel(f"rating; the bar is {RATINGS[rating]}")
     return figure_png(figure)
 
 
