@@ -38,8 +38,8 @@ lab: $(READY)  ## open the course in JupyterLab
 
 test: lint  ## lint, run every test, run every notebook
 	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
-	$(OFFLINE) $(PY) -m pytest --nbval-lax --nbval-current-env \
-	    --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --nbval-lax \
+	    --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks
 
 lint: $(READY)  ## check format and style
 	$(PY) -m ruff format --check .

@@ -211,10 +211,13 @@ def test_a_message_is_answered_and_an_empty_one_refused(lab, page):
     run_all_cells(page, until=send)
     message = page.locator(".jp-OutputArea textarea")
     answer = page.locator(".jp-OutputArea .widget-html").filter(has_text="all")
-    message.fill("Ada sold a red lamp to Otto for 12 coins.\nWho sold it?")
+    message.fill(
+        "Celia repaired a green saddle for Ralf. Ralf paid 36 coins for the work. They met at the "
+        "well.\nAt which place was this?"
+    )
     message.blur()
     send.click()
-    answer.filter(has_text="Ada").first.wait_for(timeout=120_000)
+    answer.filter(has_text="the well").first.wait_for(timeout=120_000)
     message.fill("  ")
     message.blur()
     send.click()

@@ -44,7 +44,7 @@ BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
 
 VERDICTS = ("reproduced", "in part", "contradicted", "not here")
 MARGIN = 0.05
-"""The margin of every test of equivalence; chapter 8 fixed it before its runs."""
+"""The margin of every test of equivalence, chapter 8's."""
 
 QLORA, LORA = "QLoRA (arXiv 2305.14314)", "LoRA (arXiv 2106.09685)"
 LITGPT = "Lightning-AI/litgpt"

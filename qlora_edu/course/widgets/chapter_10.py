@@ -174,5 +174,5 @@ def tournament_explorer() -> Explorer:
         render_tournament,
         judge=Dropdown(options=list(JUDGES), description="judge"),
         rating=Dropdown(options=list(RATINGS), description="rating"),
-        prompts=IntSlider(150, min=10, max=150, step=20, description="prompts"),
+        prompts=IntSlider(90, min=10, max=150, step=20, description="prompts"),
     )
