@@ -260,11 +260,13 @@ def test_nothing_is_overwritten_and_a_failed_run_leaves_nothing(config, tmp_path
 
 
 def test_the_embedded_preset_teaches_the_base_its_tasks(tmp_path):
-    preset = FinetuneConfig.from_preset("embedded", output_dir=str(tmp_path / "run"))
+    """In half of its steps, at chapter 8's rate, so that this takes one minute and not three."""
+    changes = {"max_steps": 300, "learning_rate": 5e-3, "held_out_rows": 90, "answer_rows": 90}
+    preset = FinetuneConfig.from_preset("embedded", output_dir=str(tmp_path / "run"), **changes)
     result = run_finetune(preset, progress=False)
-    assert len(result.after.answers) == 300
+    assert len(result.after.answers) == 90
     assert result.before.exact_match < 0.10
-    assert result.after.exact_match >= 0.85
+    assert result.after.exact_match >= 0.6
 
 
 def test_answers_longer_than_what_is_generated_are_counted(config, tmp_path, capsys):

@@ -53,8 +53,11 @@ class Playground(VBox):
         last = "all" if "all" in names else names[-1]
         self.left = Dropdown(options=names, value=last, description="system")
         self.right = Dropdown(options=[NOBODY, *names], description="beside it")
-        self.temperature = FloatSlider(0.0, min=0, max=1.5, step=0.1, description="temperature")
-        self.length = IntSlider(96, min=8, max=160, step=8, description="length")
+        wide = {"description_width": "initial"}  # or long descriptions are cut
+        self.temperature = FloatSlider(
+            0.0, min=0, max=1.5, step=0.1, description="temperature", style=wide
+        )
+        self.length = IntSlider(96, min=8, max=160, step=8, description="length", style=wide)
         self.remember = Checkbox(False, description="remember the conversation")
         self.message = Textarea(EXAMPLE, rows=3, layout={"width": "97%"})
         self.send_button = Button(description="Send", button_style="primary")
