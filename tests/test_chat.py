@@ -67,6 +67,10 @@ def test_messages_stand_alone_unless_they_are_remembered(chat):
     list(chat.answer(QUESTION, "all"))
     list(chat.answer("Who was there?", "all"))
     assert [m["role"] for m in chat.history["all"]] == ["user", "assistant"] * 2
+    chat.remember = False
+    assert last(chat.answer("Who was there?", "all")) == alone, "what is kept was handed on"
+    assert len(chat.history["all"]) == 4
+    chat.remember = True
     chat.reset()
     assert last(chat.answer("Who was there?", "all")) == alone
 

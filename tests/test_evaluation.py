@@ -232,6 +232,7 @@ def test_no_games_are_refused():
 
 def test_a_relative_score_is_a_share_of_marks():
     assert relative_score([5, 10], [10, 10]).mean == 75
+    assert relative_score([1, 9], [2, 8]).mean == 100, "not a mean of ratios"
     same = relative_score([3, 7, 9], [3, 7, 9])
     assert same == (100, 100, 100)
     spread = relative_score([9, 1, 9, 1] * 5, [5] * 20)

@@ -62,6 +62,8 @@ def test_the_nucleus_is_the_fewest_that_have_enough():
         mine = next_token_probabilities(logits, top_p=top_p)
         assert set(mine.nonzero().flatten().tolist()) == kept
         assert mine.sum().item() == pytest.approx(1)
+    exactly = next_token_probabilities(torch.tensor([0.25, 0.5, 0.25]).log(), top_p=0.5)
+    assert exactly.tolist() == [0, 1, 0], "the first has enough by itself"
 
 
 def test_greedy_says_what_transformers_says(tuned, prompts):
@@ -107,6 +109,21 @@ def test_padding_changes_no_probability(tuned, prompts):
     next(generate_tokens(Spy(), [short], tokenizer.eos_token_id))
     next(generate_tokens(Spy(), [short, long], tokenizer.eos_token_id))
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-3)
+
+
+def test_positions_are_counted_from_each_prompt_s_own_beginning():
+    """Llama's turn with the distance between tokens alone; GPT-2 has learned every position."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.wpe.weight.data.normal_(0, 1)
+    prompts = [[5, 6, 7], [9] * 11, [1, 2, 3, 4, 5]]
+    together = list(generate_tokens(model, prompts, 0, max_new_tokens=6))
+    for i, prompt in enumerate(prompts):
+        alone = [token for (token,) in generate_tokens(model, [prompt], 0, max_new_tokens=6)]
+        assert [step[i] for step in together if step[i] is not None] == alone
 
 
 def test_draws_follow_the_probabilities_and_the_seed(tuned, prompts):

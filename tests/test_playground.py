@@ -91,6 +91,9 @@ def test_the_answer_grows_and_stop_is_heard(widget, monkeypatch):
     assert "stopped" in widget.status.value and widget.panes[1].value == ""
     assert 4 <= len(seen) <= 7 and len(seen[-1]) > len(seen[1])
     assert not widget.send_button.disabled
+    go.release(1000)
+    widget.length.value = 8
+    assert all(ask(widget)) and widget.status.value == "", "stopped once is not stopped for ever"
 
 
 @pytest.mark.parametrize(
