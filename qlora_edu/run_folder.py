@@ -6,6 +6,7 @@ takes its name in one move at the end. A fine-tune killed half-way leaves no fol
 
 import json
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +94,10 @@ def free_folder(config: FinetuneConfig, resume: bool = False) -> Path:
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir)
+        if folder.exists() and checkpoints_of(folder).exists() and resume:
+            # Killed after the run was written whole, and before its checkpoints were tidied away.
+            shutil.rmtree(checkpoints_of(folder), ignore_errors=True)
+            raise RunExistsError(f"{folder} is whole: that run had come to its end, and is kept")
         if folder.exists():
             raise RunExistsError(
                 f"{folder} exists, and a run overwrites nothing; choose another output_dir, or "

@@ -49,7 +49,7 @@ from qlora_edu.checkpoints import (
 from qlora_edu.config import FinetuneConfig
 from qlora_edu.finetune import main
 from qlora_edu.loading import attach_adapter, load_run
-from qlora_edu.run_folder import RunExistsError, checkpoints_of
+from qlora_edu.run_folder import RunExistsError, checkpoints_of, free_folder
 from qlora_edu.training import TrainingError
 
 STEPS = 12
@@ -192,11 +192,26 @@ def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tm
             again = start(config, True)
             again.join()
             assert again.exitcode == 0
+        elif checkpoints_of(folder).exists():  # the kill came between the run and the tidying up
+            start(config, True).join()
         assert weights(folder) == expected, f"killed after {config.output_dir}, {steps_found}"
         assert read_seal(folder)["base_sha256"] == fingerprint(base)
         left = [path.name for path in tmp_path.iterdir() if f"killed-{kill}" in path.name]
         assert left == [f"killed-{kill}"]  # no half-written folder stays behind
     assert len(steps_found) >= 4, steps_found  # the kills came at different points of the run
+
+
+def test_what_was_killed_while_tidying_up_has_come_to_its_end(base, data, tmp_path):
+    config = make_config(base, data, tmp_path / "run", answer_rows=0)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    checkpoints_of(folder).mkdir()
+    with pytest.raises(RunExistsError, match="overwrites nothing"):
+        free_folder(config)
+    assert checkpoints_of(folder).exists()
+    with pytest.raises(RunExistsError, match="had come to its end"):
+        free_folder(config, resume=True)
+    assert folder.exists() and not checkpoints_of(folder).exists()
 
 
 def save_three(folder):

@@ -93,7 +93,12 @@ def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch, tmp_path):
         trainer_settings(config, tmp_path)
 
 
-SAY = "import os; print('process', os.environ.get('RANK'), os.environ.get('FSDP_VERSION'))"
+# In one write each, or the two lines may come out one inside the other.
+SAY = """
+import os
+line = f"process {os.environ.get('RANK')} {os.environ.get('FSDP_VERSION')}\\n"
+os.write(1, line.encode())
+"""
 
 
 @pytest.mark.parametrize(("name", "version"), [("two_processes", None), ("fsdp", "1")])
