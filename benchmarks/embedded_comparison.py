@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from stored import ROOT, stamp, store
 
-from qlora_edu.chat_data import read_conversations
-from qlora_edu.finetune import FinetuneConfig, finetune
+from qlora_edu.finetuning import FinetuneConfig, finetune
+from qlora_edu.text.conversations import read_conversations
 from qlora_edu.training import exact_match, generate_answers
 
 TEST = ROOT / "data" / "tasks" / "test.jsonl"

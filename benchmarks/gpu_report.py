@@ -49,11 +49,12 @@ from stored import ROOT, stamp, store
 from torch import Tensor, nn
 
 from qlora_edu import QuantizedTensor, quantize
-from qlora_edu.blockwise import compiled_piece_size, unpack_nibbles
-from qlora_edu.loading import quiet
+from qlora_edu.blockwise import unpack_nibbles
+from qlora_edu.compat import quiet
+from qlora_edu.kernels import compiled_piece_size
 from qlora_edu.memory import NEVER_PAGED, RESERVE, MemoryPlan, plan_memory
 from qlora_edu.paging import PagedAdamW, PagingCounters
-from qlora_edu.rehearsal import training_loss
+from qlora_edu.planner.fake_step import training_loss
 
 DRY_FOLDER = ROOT / "build" / "gpu_report"
 ALLOCATOR = "expandable_segments:True"  # fewer gaps between blocks; as one would train a 65B
@@ -311,7 +312,7 @@ def check_finite(losses: Sequence[float]) -> None:
 
 def steps(name: str, small: bool, device: str) -> Rows:
     """One way of training at two lengths, batch 1, checkpointing on; torch's default AdamW."""
-    from qlora_edu.random_init import build_random
+    from qlora_edu.production.random_weights import build_random
 
     model_name, lengths = (TINY, (32, 64)) if small else ("llama-7b", (512, 2048))
     settings = {"device": device, **METHODS[name]}
@@ -490,7 +491,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     A gigabyte is 10^9 bytes here: real cards have more (a 48 GB card some 51.5·10^9), so the limit
     is the stricter one. Of it the allocator gets what the context and a reserve leave.
     """
-    from qlora_edu.random_init import build_random
+    from qlora_edu.production.random_weights import build_random
 
     card_bytes = card * 10**9
     row = {"model": model_name, "card_bytes": card_bytes, "stack": stack, "weights": LABEL}

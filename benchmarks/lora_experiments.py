@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from stored import ROOT, stamp, store
 
-from qlora_edu.finetune import FinetuneConfig, FinetuneResult, finetune
+from qlora_edu.finetuning import FinetuneConfig, FinetuneResult, finetune
 
 START = {"method": "lora", "learning_rate": 3e-3, "r": 16, "alpha": 32.0}
 CHANGES = [

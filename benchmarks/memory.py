@@ -24,8 +24,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from qlora_edu.memory import plan_memory, trace_memory
-from qlora_edu.rehearsal import (
+from qlora_edu.memory import plan_memory
+from qlora_edu.planner.fake_step import (
     Allocations,
     build_model,
     kept_tensors,
@@ -33,6 +33,7 @@ from qlora_edu.rehearsal import (
     weigh,
     without_memory,
 )
+from qlora_edu.planner.trace import trace_memory
 
 LLAMA = {
     "hidden_size": 256,

@@ -20,11 +20,11 @@ from stored import stamp, store
 from torch import nn
 
 from qlora_edu.adapters import adapter_tensors, lora_layers, replace_module
-from qlora_edu.chat_data import read_conversations
-from qlora_edu.config import FinetuneConfig
-from qlora_edu.finetune import finetune
-from qlora_edu.loading import load_base, locate
+from qlora_edu.finetuning import finetune
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import load_base, locate
 from qlora_edu.qlora import MERGES, merge_weight, replace_linear_layers, surviving_share
+from qlora_edu.text.conversations import read_conversations
 from qlora_edu.training import exact_match, generate_answers
 
 ROWS = 150

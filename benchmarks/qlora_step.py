@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_edu.adapters import load_adapters
-from qlora_edu.loading import forbid_cpu_repacking, quiet
+from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.qlora import replace_linear_layers
 
 LENGTH, RANK, SECONDS, LEAST = 128, 16, 10.0, 9

@@ -15,8 +15,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora_edu import quantize
-from qlora_edu.blockwise import CompilerError
-from qlora_edu.loading import quiet
+from qlora_edu.compat import quiet
+from qlora_edu.kernels import CompilerError
 
 BIG, SECONDS = (4096, 4096), 1.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

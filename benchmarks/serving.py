@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qlora_edu.adapters import add_houlsby, add_lora, remove_lora
-from qlora_edu.loading import quiet
+from qlora_edu.compat import quiet
 from qlora_edu.qlora import replace_linear_layers
 
 PROMPT, TOKENS, ROUNDS, R = 64, 8, 15, 16

@@ -29,10 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 from qlora_edu.adapters import adapter_tensors, add_houlsby, add_lora, load_adapters
-from qlora_edu.chat_data import encode_conversations, read_conversations
 from qlora_edu.codebooks import nf4_levels
-from qlora_edu.perplexity import encode_text, surprise
 from qlora_edu.qlora import replace_linear_layers
+from qlora_edu.text.conversations import encode_conversations, read_conversations
+from qlora_edu.text.perplexity import encode_text, surprise
 from qlora_edu.training import (
     collate,
     exact_match,
@@ -178,7 +178,7 @@ def untrained() -> list[dict]:
 
 def cost(rounds: int = 8) -> list[dict]:
     """Seconds a step, the ways taking turns, and the peak of a step beside what it starts from."""
-    from qlora_edu.memory import trace_memory
+    from qlora_edu.planner.trace import trace_memory
 
     _, tokenizer = load_base()
     conversations = read_conversations(TASKS / "train.jsonl")

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from qlora_edu.adapters import add_lora, lora_layers, replace_module
-from qlora_edu.chat_data import encode_conversations, read_conversations
 from qlora_edu.qlora import merge_weight, replace_linear_layers
+from qlora_edu.text.conversations import encode_conversations, read_conversations
 from qlora_edu.training import (
     collate,
     exact_match,

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from qlora_edu.finetune import FinetuneConfig, finetune
+from qlora_edu.finetuning import FinetuneConfig, finetune
 
 DATA = Path(__file__).resolve().parent
 FAMILIES = ("question", "absent", "record")

@@ -6,18 +6,17 @@ is first used, and the heavy libraries load only with the functions that need th
 
 import sys
 from importlib import import_module
-from types import ModuleType
 
 _HOME = {
     "nf4_levels": "codebooks",
-    "quantize": "double_quant",
-    "QuantizedTensor": "double_quant",
+    "quantize": "quantized",
+    "QuantizedTensor": "quantized",
     "LoRALinear": "lora",
     "QLoRALinear": "qlora",
     "plan_memory": "memory",
     "PagedAdamW": "paging",
-    "FinetuneConfig": "finetune",
-    "finetune": "finetune",
+    "FinetuneConfig": "production.config",
+    "finetune": "finetuning",
 }
 
 __all__ = list(_HOME)
@@ -33,14 +32,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `qlora_edu.finetune` the function: importing the module of that name would hide it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -23,15 +23,15 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan_main(rest)
     if command == "finetune":
-        from qlora_edu.finetune import main as finetune_main
+        from qlora_edu.finetuning import main as finetune_main
 
         return finetune_main(rest) or 0
     if command == "chat":
-        from qlora_edu.chat import main as chat_main
+        from qlora_edu.production.chat import main as chat_main
 
         return chat_main(rest)
     if command == "random-init":
-        from qlora_edu.random_init import main as random_init_main
+        from qlora_edu.production.random_weights import main as random_init_main
 
         return random_init_main(rest)
     print(__doc__.strip())

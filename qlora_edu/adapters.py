@@ -9,13 +9,7 @@ Nothing is half-loaded, and nothing is loaded in silence that would change nothi
 everything: names and shapes must fit, NaN is refused, and so is a ``B`` that is zero throughout.
 """
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +20,6 @@ PEFT_PREFIX = "base_model.model."
 BIASES = ("none", "lora_only", "all")
 LISTED = 6  # tensors named in an error message
 _PARTS = ("lora_A", "lora_B")
-
-# Fields of PEFT's LoraConfig that say nothing about the product, or only how training began.
-_HARMLESS = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "exclude_modules",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
-    "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size",
-}  # fmt: skip
 
 
 class AdapterMismatchError(LoRAError):
@@ -57,10 +43,6 @@ class DamagedAdapterError(LoRAError):
 
 class UntrainedAdapterError(LoRAError):
     """Every ``B`` of an adapter is zero, so that it would change nothing."""
-
-
-class AdapterFileError(LoRAError):
-    """A folder is no adapter, or one of a kind that these layers cannot hold."""
 
 
 def find_linear_layers(
@@ -267,110 +249,6 @@ def check_tensors(
         )
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
-    """Write the adapter of ``model`` as a folder that ``PeftModel.from_pretrained`` reads.
-
-    ``base_model`` is the name or path of the base, for whoever loads it. The folder is written
-    whole or not at all.
-
-    Raises:
-        LoRAError: if there is no adapter, or its layers differ in rank, alpha or dropout.
-        FileExistsError: if the folder is there already.
-    """
-    from safetensors.torch import save_file
-
-    layers, folder = lora_layers(model), Path(folder)
-    settings = {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()}
-    if len(settings) != 1:
-        raise LoRAError(f"one (r, alpha, dropout) fits in a file; this model has {settings or 0}")
-    ((r, alpha, dropout),) = settings
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-    biases = [name for name in tensors if name.endswith("bias")]
-    in_layers = all(name.endswith("base_layer.bias") for name in biases)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": sorted(layers),
-        "bias": "none" if not biases else "lora_only" if in_layers else "all",
-    }
-    with whole_or_absent(folder) as part:
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-        (part / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, allow_untrained: bool = False
-) -> dict[str, Any]:
-    """Load a folder that ``save_adapter`` or PEFT has written; returns its ``adapter_config.json``.
-
-    A model without adapted layers gets the ones that the file has tensors for. Layers that are
-    there already, a ``QLoRALinear`` for example, must agree in rank and alpha.
-
-    Raises:
-        AdapterFileError: if a file is missing or unreadable, or the adapter is of a kind (DoRA,
-            rsLoRA, ranks that vary, whole modules saved) that these layers cannot hold.
-        LoRAError: in the kinds of ``load_adapters``; the model is then as it was.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-        r, alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
-    _refuse_other_kinds(config)
-    if not tensors:
-        raise DamagedAdapterError(f"{folder} holds an empty adapter: not one tensor was saved")
-    layers = lora_layers(model)
-    others = {
-        name: f"{name} has r={layer.r}, alpha={layer.alpha}"
-        for name, layer in layers.items()
-        if (layer.r, layer.alpha) != (r, alpha)
-    }
-    if others:
-        raise AdapterMismatchError(
-            f"the adapter has r={r}, alpha={alpha}, but {_list(others.values())}; the outputs "
-            "would be scaled wrongly",
-            [f"{PEFT_PREFIX}{name}.{part}.weight" for name in others for part in _PARTS],
-        )
-    if layers:
-        load_adapters(model, tensors, allow_untrained=allow_untrained)
-        return config
-    linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    suffix = ".lora_A.weight"
-    names = [n.removeprefix(PEFT_PREFIX)[: -len(suffix)] for n in tensors if n.endswith(suffix)]
-    if lost := [name for name in names if name not in linear]:
-        raise AdapterMismatchError(
-            f"{len(lost)} of the adapted layers are no nn.Linear of this model: {_list(lost)}. Use "
-            "the base model that the adapter was trained on",
-            [
-                n
-                for n in tensors
-                if n.removeprefix(PEFT_PREFIX).startswith(tuple(f"{name}." for name in lost))
-            ],
-        )
-    try:
-        add_lora(model, r, alpha, targets=names, dropout=config.get("lora_dropout", 0.0), bias=bias)
-        load_adapters(model, tensors, allow_untrained=allow_untrained)
-    except Exception:
-        remove_lora(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        raise
-    return config
-
-
 def remove_lora(model: nn.Module) -> None:
     """Put the plain ``nn.Linear`` back in the place of every ``LoRALinear``; the adapter is lost.
 
@@ -385,44 +263,6 @@ def remove_lora(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if isinstance(layer, LoRALinear):
             replace_module(model, name, layer.base)
-
-
-@contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside the one wanted, which becomes it in one move when all is on the disk."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had this number
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for path in (*part.rglob("*"), part):
-            _flush(path)
-        os.rename(part, folder)
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk and not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterFileError(f"the adapter is of type {config.get('peft_type')!r}, not 'LORA'")
-    other = {k: v for k, v in config.items() if k not in _HARMLESS and v}
-    init = config.get("init_lora_weights", True)
-    if init not in (True, False, "gaussian"):
-        other["init_lora_weights"] = init  # it has changed the base, too
-    if other:
-        raise AdapterFileError(
-            f"the adapter uses {other}, which plain LoRA layers cannot hold; load it with PEFT"
-        )
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_edu.training import Interval
+from qlora_edu.comparison import Interval
 
 Row = Mapping[str, Any]
 """``{"prompt": str, "answers": {system: str}}``, and maybe ``"wanted"``, the right answer."""

@@ -11,21 +11,18 @@ al., "Training Deep Nets with Sublinear Memory Cost" (2016), for gradient checkp
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_edu.rehearsal import KINDS, ROWS, PlanError, Rehearsal, StepSettings, rehearse
+from qlora_edu.planner.fake_step import KINDS, ROWS, PlanError, Rehearsal, StepSettings, rehearse
 
 GIB = 2**30
 RESERVE = GIB
@@ -353,47 +350,6 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
     return longest
 
 
-class Trace(NamedTuple):
-    """Live bytes on the CPU above those at the start, after each allocation and release."""
-
-    seconds: np.ndarray
-    live: np.ndarray
-
-    @property
-    def peak(self) -> int:
-        """The most that was live at once."""
-        return int(self.live.max(initial=0))
-
-
-def trace_memory(step: Callable[[], Any]) -> Trace:
-    """Call ``step()`` and take down what PyTorch's allocator does meanwhile, to the byte.
-
-    >>> trace_memory(lambda: torch.ones(1000).exp()).peak  # 4 bytes a number, twice
-    8000
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    with _mute(2), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = record.profiler.kineto_results.events()
-    found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    when, changes = np.array(found, dtype=np.int64).reshape(-1, 2).T
-    return Trace((when - when[:1].sum()) / 1e9, np.cumsum(changes))
-
-
-@contextmanager
-def _mute(descriptor: int) -> Iterator[None]:
-    """Hold back what compiled code writes there: the profiler announces itself at each start."""
-    kept = os.dup(descriptor)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), descriptor)
-        try:
-            yield
-        finally:
-            os.dup2(kept, descriptor)
-            os.close(kept)
-
-
 class _Recomputed(torch.autograd.Function):
     """Forget what a block computed on the way forward, and compute it again on the way back."""
 
@@ -458,3 +414,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(plan.table())
     print(plan.sentence(arguments.card))
     return 0
+
+
+def nf4_bits_per_weight(blocksize: int = 64, absmax_blocksize: int = 256) -> float:
+    """Bits a weight: the 4-bit code, its share of an 8-bit absmax, its share of a 32-bit one.
+
+    Source: QLoRA (Dettmers et al., 2023), section 3, "Double Quantization".
+
+    >>> round(nf4_bits_per_weight(), 3)
+    4.127
+    """
+    return 4 + 8 / blocksize + 32 / (blocksize * absmax_blocksize)
+
+
+# hidden width, layers, width of the feed-forward block; Touvron et al., "LLaMA" (2023), table 2.
+LLAMA_SHAPES = {
+    "7B": (4096, 32, 11008),
+    "13B": (5120, 40, 13824),
+    "33B": (6656, 60, 17920),
+    "65B": (8192, 80, 22016),
+}
+
+
+LLAMA_VOCABULARY = 32_000
+
+
+def llama_parameters(size: str) -> tuple[int, int]:
+    """Weights of the linear layers (which QLoRA quantises), and everything else, of a LLaMA.
+
+    >>> llama_parameters("7B")
+    (6476005376, 262410240)
+    """
+    hidden, layers, inner = LLAMA_SHAPES[size]
+    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    norms = (2 * layers + 1) * hidden
+    return linear, 2 * LLAMA_VOCABULARY * hidden + norms
+
+
+def adapter_parameters(size: str, rank: int) -> int:
+    """Trained parameters when every linear layer of a LLaMA has an adapter: r × (in + out) each.
+
+    >>> adapter_parameters("7B", 64)
+    159907840
+    """
+    hidden, layers, inner = LLAMA_SHAPES[size]
+    return layers * rank * (4 * (hidden + hidden) + 3 * (hidden + inner))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_edu.adapters import find_linear_layers, replace_module
-from qlora_edu.double_quant import QuantizedAbsmax, QuantizedTensor, quantize
+from qlora_edu.double_quant import QuantizedAbsmax
 from qlora_edu.lora import LoRAError, LoRALayer
+from qlora_edu.quantized import QuantizedTensor, quantize
 
 
 def take_apart(quantized: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

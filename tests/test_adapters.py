@@ -15,20 +15,18 @@ from torch import nn
 
 from qlora_edu.adapters import (
     PEFT_PREFIX,
-    AdapterFileError,
     AdapterMismatchError,
     DamagedAdapterError,
     UntrainedAdapterError,
     adapter_tensors,
     add_lora,
     find_linear_layers,
-    load_adapter,
     load_adapters,
     lora_layers,
     remove_lora,
-    save_adapter,
 )
-from qlora_edu.loading import quiet
+from qlora_edu.compat import quiet
+from qlora_edu.files.peft_format import AdapterFileError, load_adapter, save_adapter
 from qlora_edu.lora import LoRAError, LoRALinear
 from qlora_edu.qlora import QLoRALinear, replace_linear_layers
 

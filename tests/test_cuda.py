@@ -7,15 +7,15 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_edu.config import FinetuneConfig
-from qlora_edu.double_quant import quantize
-from qlora_edu.finetune import finetune
-from qlora_edu.loading import load_run
+from qlora_edu.finetuning import finetune
 from qlora_edu.memory import plan_memory
 from qlora_edu.paging import PagedAdamW
+from qlora_edu.planner.fake_step import training_loss
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import load_run
+from qlora_edu.production.random_weights import build_random
 from qlora_edu.qlora import QLoRALinear
-from qlora_edu.random_init import build_random
-from qlora_edu.rehearsal import training_loss
+from qlora_edu.quantized import quantize
 from qlora_edu.training import generate_answers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -146,7 +146,7 @@ def test_a_killed_run_on_the_card_resumes_to_the_same_adapter(tmp_path, optimize
     """Within float32's noise: backward passes of a card may sum in any order."""
     whole = embedded(tmp_path, output_dir=str(tmp_path / "whole"), optimizer=optimizer)
     finetune(whole, progress=False)
-    from qlora_edu import watch
+    from qlora_edu.production import callback as watch
 
     class Killed(BaseException):
         pass

@@ -181,7 +181,8 @@ def test_model_card_states_how_the_model_came_to_be():
 def test_a_stored_adapter_fits_the_base_and_was_measured(name):
     from transformers import AutoModelForCausalLM
 
-    from qlora_edu.adapters import load_adapter, lora_layers
+    from qlora_edu.adapters import lora_layers
+    from qlora_edu.files.peft_format import load_adapter
 
     folder = DATA / "adapters" / name
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)

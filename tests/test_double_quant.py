@@ -16,13 +16,8 @@ from test_blockwise import blocksizes, unhurried, weights
 from qlora_edu import QuantizedTensor, quantize
 from qlora_edu.blockwise import BLOCKSIZES, DTYPES, BlocksizeError, DtypeError, NonFiniteError
 from qlora_edu.codebooks import LEVELS, UnknownLevelsError
-from qlora_edu.double_quant import (
-    NESTED_BLOCKSIZE,
-    StateDictError,
-    dequantize_absmax,
-    dynamic_map,
-    quantize_absmax,
-)
+from qlora_edu.double_quant import NESTED_BLOCKSIZE, dequantize_absmax, dynamic_map, quantize_absmax
+from qlora_edu.quantized import StateDictError
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

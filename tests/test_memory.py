@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_edu.double_quant import quantize
 from qlora_edu.memory import (
     GIB,
     MODELS,
@@ -22,9 +21,8 @@ from qlora_edu.memory import (
     main,
     plan_memory,
     recompute,
-    trace_memory,
 )
-from qlora_edu.rehearsal import (
+from qlora_edu.planner.fake_step import (
     ROWS,
     Allocations,
     PlanError,
@@ -36,6 +34,8 @@ from qlora_edu.rehearsal import (
     training_loss,
     weigh,
 )
+from qlora_edu.planner.trace import trace_memory
+from qlora_edu.quantized import quantize
 
 LLAMA = {
     "model_type": "llama",

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_edu import paging
+from qlora_edu.files.host_tier import HostTierError, PagingError
 from qlora_edu.paging import (
     BudgetError,
-    HostTierError,
     PagedAdamW,
     PageTable,
-    PagingError,
     StateMismatchError,
     UnsupportedError,
     adamw_update,

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from qlora_edu import blockwise
-from qlora_edu.double_quant import QuantizationError, quantize
+from qlora_edu.double_quant import QuantizationError
 from qlora_edu.lora import LoRAError
 from qlora_edu.qlora import (
     MERGES,
@@ -29,6 +29,7 @@ from qlora_edu.qlora import (
     surviving_share,
     take_apart,
 )
+from qlora_edu.quantized import quantize
 
 IN, OUT, RANK, ALPHA = 64, 96, 8, 16  # α/r = 2: neither 1, nor α, nor r; and times 2 is exact
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,23 +9,22 @@ from tiny import make_base, make_rows, make_tokenizer, write_jsonl
 from torch import nn
 
 from qlora_edu.adapters import adapter_tensors, load_adapters
-from qlora_edu.chat_data import IGNORED, encode_conversations
-from qlora_edu.config import FinetuneConfig
-from qlora_edu.finetune import make_trainer
-from qlora_edu.loading import load_base
+from qlora_edu.comparison import equivalence, mean_interval
+from qlora_edu.finetuning import make_trainer
 from qlora_edu.lora import LoRAError
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import load_base
 from qlora_edu.qlora import replace_linear_layers
+from qlora_edu.text.conversations import IGNORED, encode_conversations
 from qlora_edu.training import (
     TrainingError,
     answer_tokens,
     collate,
     completion_loss,
-    equivalence,
     exact_match,
     generate_answers,
     held_out_loss,
     learning_rate_at,
-    mean_interval,
     row_order,
     train,
 )

@@ -26,18 +26,20 @@ import torch
 
 from qlora_edu.blockwise import unpack_nibbles
 from qlora_edu.codebooks import entropy_bits, equation_4_levels, level_usage, nf4_levels
-from qlora_edu.course.figures import (
+from qlora_edu.comparison import equivalence
+from qlora_edu.evaluation import Judge, bradley_terry, exact_judge, play, word_judge
+from qlora_edu.files import ROOT
+from qlora_edu.memory import (
+    GIB,
     LLAMA_SHAPES,
+    MemoryPlan,
     adapter_parameters,
     llama_parameters,
     nf4_bits_per_weight,
+    plan_memory,
 )
-from qlora_edu.double_quant import quantize
-from qlora_edu.evaluation import Judge, bradley_terry, exact_judge, play, word_judge
-from qlora_edu.memory import GIB, MemoryPlan, plan_memory
-from qlora_edu.training import equivalence
+from qlora_edu.quantized import quantize
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "data" / "claims.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"

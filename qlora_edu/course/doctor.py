@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from qlora_edu.files import ROOT
+
 DATA = ROOT / "data"
 REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[dev]')"
 GIB = 2**30

@@ -25,6 +25,7 @@ PALETTE = {
     "highlight": "#CC79A7",  # the one thing a figure points at
     "ink": "#222222",  # text and axes
 }
+PALE_BLUE, PALE_ORANGE, PALE_GREY = "#CFE3F2", "#FBE7C2", "#E8E8E8"
 
 _STYLE = Path(__file__).with_name("course.mplstyle")
 

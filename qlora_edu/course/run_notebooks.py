@@ -22,7 +22,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
+from qlora_edu.files import ROOT
+
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 STILL = "(sliders: run this cell to move them)"
 PROGRESS = re.compile(r"\d+%\|")

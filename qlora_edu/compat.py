@@ -1,0 +1,40 @@
+"""What works round a version of another library, each with what it waits for."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def forbid_cpu_repacking(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers trainable on processors with AVX512-BF16.
+
+    bitsandbytes 0.50 repacks its weights at the first evaluation there, for a faster kernel that
+    has no backward pass; later training would go on without those gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back three messages that say nothing about the run."""
+    from transformers.utils import logging as bars
+
+    # On a CPU bitsandbytes advises a package from the Hub, which the course does without.
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    had_bars, level = bars.is_progress_bar_enabled(), advice.level
+    bars.disable_progress_bar()
+    advice.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5 for this by its former name.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            yield
+    finally:
+        advice.setLevel(level)
+        if had_bars:
+            bars.enable_progress_bar()

@@ -1,0 +1,169 @@
+"""The explorer of chapter 9: which tokens of a row are trained on, and what a limit cuts away."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import matplotlib.pyplot as plt
+from ipywidgets import IntSlider
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from qlora_edu.course.explorers.chapter_00 import _arrow
+from qlora_edu.course.explorers.core import Explorer
+from qlora_edu.course.plots import PALE_BLUE, PALE_GREY, PALE_ORANGE, PALETTE, figure_png
+from qlora_edu.production.loading import locate
+from qlora_edu.text.conversations import (
+    IGNORED,
+    Conversation,
+    encode_conversation,
+    read_conversations,
+)
+
+ROWS = 30
+LIMITS = (8, 128)
+
+
+@lru_cache(maxsize=1)
+def _rows() -> tuple[object, list[Conversation]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate("data/base-model"), trust_remote_code=False)
+    return tokenizer, read_conversations(locate("data/tasks/train.jsonl"))[:ROWS]
+
+
+def render_trained_tokens(row: int = 0, max_length: int = 64) -> bytes:
+    """A training row of the embedded tasks, token by token, under a length limit, as PNG bytes.
+
+    Raises:
+        IndexError: for a row outside the first 30.
+
+    >>> render_trained_tokens(2, 64)[:4]
+    b'\\x89PNG'
+    """
+    tokenizer, conversations = _rows()
+    encoded = encode_conversation(tokenizer, conversations[row])
+    trained = [label != IGNORED for label in encoded["labels"]]
+    pieces = [tokenizer.decode([token]) for token in encoded["input_ids"]]
+    left = sum(trained[:max_length])
+    what = f"{left} of {sum(trained)} answer tokens are trained on"
+    if max_length < len(pieces):
+        what = f"{what}, not the end" if left else "no answer left, the row is dropped"
+    return figure_png(
+        draw_trained_tokens(pieces, trained, max_length, f"Row {row}, {len(pieces)} tokens: {what}")
+    )
+
+
+def tokens_explorer() -> Explorer:
+    """A row and a length limit against what is trained on."""
+    return Explorer(
+        render_trained_tokens,
+        row=IntSlider(2, min=0, max=ROWS - 1, description="row"),
+        max_length=IntSlider(64, min=LIMITS[0], max=LIMITS[1], description="max_length"),
+    )
+
+
+def draw_finetune_pipeline() -> Figure:
+    """The road of a fine-tune, from a row of chat to an answer, each station with what it holds.
+
+    >>> figure = draw_finetune_pipeline()
+    >>> len(figure.axes[0].patches) >= 6
+    True
+    >>> plt.close(figure)
+    """
+    stations = (
+        ("1  config", "every choice\nwritten down", PALE_GREY),
+        ("2  rows of chat", "tokens, and labels\non the answer only", PALE_GREY),
+        ("3  base", "4 bits, frozen\nbitsandbytes", PALE_BLUE),
+        ("4  adapters", "A and B, all linear\nPEFT", PALE_ORANGE),
+        ("5  training", "loss, gradients\nTRL", "#F6D5C3"),
+        ("6  run folder", "adapter, config,\nmetrics", PALE_ORANGE),
+    )
+    figure, ax = plt.subplots(figsize=(10, 2.9))
+    ax.set(xlim=(0, 120), ylim=(0, 30))
+    ax.axis("off")
+    ax.set_title("Six stations from a row of chat to an adapter that answers")
+    for i, (name, holds, color) in enumerate(stations):
+        left = 1 + 20 * i
+        ax.add_patch(
+            FancyBboxPatch((left, 12), 15.5, 12, boxstyle="round,pad=0.6", facecolor=color, lw=0)
+        )
+        ax.text(left + 7.75, 21.3, name, ha="center", va="center", weight="bold", fontsize=10.5)
+        ax.text(left + 7.75, 15.6, holds, ha="center", va="center", fontsize=9)
+        if i + 1 < len(stations):
+            _arrow(ax, (left + 16.4, 18), (left + 19.2, 18), PALETTE["ink"])
+    _arrow(ax, (108.7, 11), (48.7, 11), PALETTE["adapter"], bend=-0.16)
+    ax.text(
+        78.7,
+        2.2,
+        "loaded again onto the same base: the answers must not change",
+        color=PALETTE["ink"],
+        ha="center",
+        va="center",
+        fontsize=10,
+    )
+    return figure
+
+
+def draw_trained_tokens(
+    tokens: Sequence[str], trained: Sequence[bool], max_length: int, title: str, *, width: int = 96
+) -> Figure:
+    """A training row token by token: read only, trained on, or cut away by the length limit.
+
+    `trained[i]` says whether the loss looks at token `i`; tokens from `max_length` on are cut away.
+    `width` is the line length in characters. A token that is nothing but spaces is drawn as ␣.
+
+    >>> figure = draw_trained_tokens(["Who", " ", "Ada"], [False, False, True], 9, "a row")
+    >>> [text.get_text() for text in figure.axes[0].texts][:3]
+    ['Who', '␣', 'Ada']
+    >>> plt.close(figure)
+    """
+    tokens = [token.replace("\n", "↵") for token in tokens]
+    tokens = [token if token.strip(" ") else "␣" * len(token) for token in tokens]
+    places, column, line = [], 0.0, 0
+    for token in tokens:
+        needed = len(token) + 0.9
+        if column and column + needed > width:
+            column, line = 0.0, line + 1
+        places.append((column, line))
+        column += needed + 0.25
+    figure, ax = plt.subplots(figsize=(9.6, 1.15 + 0.36 * (line + 1)))
+    ax.set(xlim=(-0.5, width + 0.5), ylim=(-(line + 1) * 1.25, 0.1))
+    ax.axis("off")
+    ax.set_title(title)
+    for i, (token, (column, row)) in enumerate(zip(tokens, places, strict=True)):
+        kept = i < max_length
+        face = "white" if not kept else PALETTE["adapter"] if trained[i] else PALE_GREY
+        edge = PALETTE["gradient"] if not kept else "none"
+        ax.add_patch(
+            Rectangle(
+                (column, -row * 1.25 - 1),
+                len(token) + 0.9,
+                1,
+                facecolor=face,
+                edgecolor=edge,
+                linestyle=":",
+                linewidth=1.2,
+            )
+        )
+        ax.text(
+            column + (len(token) + 0.9) / 2,
+            -row * 1.25 - 0.53,
+            token,
+            ha="center",
+            va="center",
+            family="monospace",
+            fontsize=8.6,
+            color=PALETTE["ink"] if kept else PALETTE["gradient"],
+        )
+    kinds = {
+        "read, not trained on": (PALE_GREY, "none", "-"),
+        "trained on": (PALETTE["adapter"], "none", "-"),
+    }
+    if max_length < len(tokens):
+        kinds["cut away"] = ("white", PALETTE["gradient"], ":")
+    patches = [
+        Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge, linestyle=style)
+        for face, edge, style in kinds.values()
+    ]
+    figure.legend(patches, list(kinds), loc="outside lower center", ncols=3, fontsize=10)
+    return figure

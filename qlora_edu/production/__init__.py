@@ -1,0 +1,1 @@
+"""The stack that people really use, and what a run needs beside the method."""

@@ -1,0 +1,247 @@
+"""Support for chapter 10: a conversation with one of several systems, in the terminal or a widget.
+
+``python -m qlora_edu chat`` loads one base and the course's four adapters. Each message is answered
+by the system that is chosen, or by two side by side. ``Chat`` is what the terminal and the widget
+of the notebook have in common, and knows nothing of either.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_edu.files.peft_format import AdapterFileError
+from qlora_edu.lora import LoRAError
+from qlora_edu.production.config import ConfigError, FinetuneConfig
+from qlora_edu.production.loading import ModelUnavailableError, load_base, locate
+from qlora_edu.production.serving import BASE, AdapterShelf, UnknownAdapterError
+from qlora_edu.text.conversations import Message
+from qlora_edu.text.generation import GenerationError, check_sampling, stream_answer
+
+ADAPTERS = "data/adapters"
+HELP = """\
+Type a message, or one of these:
+  /use NAME            answer by this system (/use alone lists them)
+  /compare NAME NAME   answer by two, one after the other
+  /temperature NUMBER  0 is greedy; higher is freer
+  /length NUMBER       the most tokens of an answer
+  /remember on|off     hand earlier messages on, or let each stand alone
+  /reset               forget the conversation
+  /quit"""
+
+
+class EmptyMessageError(GenerationError):
+    """There is nothing in the message to be answered."""
+
+
+@dataclass
+class Chat:
+    """A conversation with the systems of a shelf.
+
+    Without ``remember`` each message stands alone, which is how the course's adapters were trained.
+    With it, the conversation goes along, for each system its own.
+    """
+
+    shelf: AdapterShelf
+    tokenizer: Any
+    temperature: float = 0.0
+    top_p: float = 0.9
+    max_new_tokens: int = 96
+    remember: bool = False
+    seed: int = 0
+    history: dict[str, list[Message]] = field(default_factory=dict)
+
+    def answer(
+        self, message: str, system: str, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[str]:
+        """Yield the answer as it grows. It ends early once ``stopped()`` says so.
+
+        An answer that was stopped is remembered as far as it came.
+
+        Raises:
+            EmptyMessageError, UnknownAdapterError, GenerationError, PromptTooLongError.
+        """
+        if not message.strip():
+            raise EmptyMessageError("the message is empty; type something to be answered")
+        self.shelf.check(system)
+        check_sampling(self.temperature, self.top_p)
+        past = self.history.get(system, []) if self.remember else []
+        messages = [*past, {"role": "user", "content": message.strip()}]
+        text = ""
+        settings = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        with self.shelf.using(system) as model:
+            for text in stream_answer(model, self.tokenizer, messages, *settings):
+                yield text
+                if stopped():
+                    break
+        self.seed += 1  # the same question asked twice may be answered in two ways
+        if self.remember:
+            self.history[system] = [*messages, {"role": "assistant", "content": text}]
+
+    def reset(self) -> None:
+        """Forget the conversations."""
+        self.history.clear()
+
+
+def load_chat(
+    model: str = "data/base-model",
+    adapters: Mapping[str, str | Path] | None = None,
+    method: str = "qlora",
+    **settings: Any,
+) -> Chat:
+    """A chat with a base, in 4 bits or (``method="lora"``) as it is, and adapters by name.
+
+    ``adapters=None`` takes the course's four, which belong to the embedded base.
+
+    Raises:
+        ModelUnavailableError, ConfigError, LoRAError: naming what cannot be loaded.
+    """
+    if adapters is None:
+        folders = sorted(
+            path.parent for path in Path(locate(ADAPTERS)).glob("*/adapter_config.json")
+        )
+        adapters = {folder.name: folder for folder in folders}
+    config = FinetuneConfig.from_preset("embedded", model=model, method=method)
+    base, tokenizer = load_base(config)
+    return Chat(AdapterShelf(base, adapters), tokenizer, **settings)
+
+
+def converse(
+    chat: Chat,
+    systems: Sequence[str],
+    read: Callable[[str], str] | None = None,
+    write: Callable[[str], Any] | None = None,
+) -> None:
+    """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
+    read, write = read or input, write or _write
+    systems = list(systems)
+    while True:
+        try:
+            line = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if line in ("/quit", "/exit"):
+            return
+        try:
+            if line.startswith("/"):
+                systems = _obey(chat, line, systems, write)
+            else:
+                for system in systems:
+                    _show(chat, line, system, write)
+        except KeyboardInterrupt:
+            write(" (stopped)\n")
+        except (GenerationError, UnknownAdapterError) as error:
+            write(f"{error}\n")
+
+
+def _show(chat: Chat, message: str, system: str, write: Callable[[str], Any]) -> None:
+    shown = ""
+    for text in chat.answer(message, system):
+        if not shown:
+            write(f"{system}: ")
+        # Letters that a later token completes are held back until they are whole.
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if whole.startswith(shown):
+            write(whole[len(shown) :])
+            shown = whole
+    write("\n" if shown else f"{system}: (says nothing)\n")
+
+
+def _obey(chat: Chat, line: str, systems: list[str], write: Callable[[str], Any]) -> list[str]:
+    command, *words = line.split()
+    if command == "/use" and not words:
+        write(f"{', '.join(chat.shelf.names)}; in use: {', '.join(systems)}\n")
+    elif (command, len(words)) in (("/use", 1), ("/compare", 2)):
+        for name in words:
+            chat.shelf.check(name)
+        return words
+    elif command in ("/temperature", "/length") and len(words) == 1:
+        _set(chat, command, words[0])
+    elif command == "/remember" and words in (["on"], ["off"]):
+        chat.remember = words == ["on"]
+    elif command == "/reset":
+        chat.reset()
+    else:
+        write(HELP + "\n")
+    return systems
+
+
+def _set(chat: Chat, command: str, word: str) -> None:
+    try:
+        number = float(word) if command == "/temperature" else int(word)
+    except ValueError:
+        raise GenerationError(f"{command} wants a number, not {word!r}") from None
+    if command == "/temperature":
+        check_sampling(number, chat.top_p)
+        chat.temperature = number
+    elif number < 1:
+        raise GenerationError(f"/length must be at least 1, not {number}")
+    else:
+        chat.max_new_tokens = number
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _adapters(pairs: Sequence[str]) -> dict[str, str]:
+    """``name=folder`` or ``folder``, which is then called by its last part."""
+    found = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        folder = folder if equals else pair
+        name = name if equals else Path(pair).name
+        if not Path(folder).is_dir():
+            raise AdapterFileError(f"there is no folder {folder!r} to take adapter {name!r} from")
+        found[name] = folder
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: ``chat --use all``."""
+    parser = argparse.ArgumentParser(
+        prog="qlora_edu chat",
+        description="Talk to the embedded base and its adapters, or to yours.",
+    )
+    parser.add_argument("--model", default="data/base-model", help="a folder, or a Hub name")
+    parser.add_argument(
+        "--adapter", action="append", metavar="NAME=FOLDER", help="may be given several times"
+    )
+    parser.add_argument("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
+    parser.add_argument("--method", default="qlora", help="qlora: base in 4 bits; lora: as it is")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--length", type=int, default=96, help="the most tokens of an answer")
+    parser.add_argument("--remember", action="store_true", help="hand earlier messages on")
+    arguments = parser.parse_args(argv)
+    try:
+        check_sampling(arguments.temperature, arguments.top_p)
+        own = arguments.model != "data/base-model"
+        adapters = _adapters(arguments.adapter or []) if arguments.adapter or own else None
+        chat = load_chat(arguments.model, adapters, arguments.method)
+        chat.temperature, chat.top_p = arguments.temperature, arguments.top_p
+        chat.max_new_tokens, chat.remember = arguments.length, arguments.remember
+        systems = arguments.use or [chat.shelf.names[-1] if adapters else _first(chat)]
+        for name in systems:
+            chat.shelf.check(name)
+    except (
+        ConfigError,
+        GenerationError,
+        LoRAError,
+        ModelUnavailableError,
+        UnknownAdapterError,
+        ValueError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help")
+    converse(chat, systems)
+    return 0
+
+
+def _first(chat: Chat) -> str:
+    """The course's adapter for all tasks where it is there."""
+    return "all" if "all" in chat.shelf.names else BASE

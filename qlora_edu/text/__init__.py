@@ -1,0 +1,1 @@
+"""Conversations, generation and perplexity: what a language model reads and writes."""

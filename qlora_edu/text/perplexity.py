@@ -1,0 +1,136 @@
+"""Support for chapters 2, 3, 8 and 10: how surprised is a model, and how much more when rounded?
+
+Weight error is a cheap judge of a number format; the model's own surprise at text is the court of
+appeal. Perplexity is the exponential of the mean loss a token: a model of perplexity 8 hesitates,
+on average, as between 8 equally likely tokens. Differences between formats are small, so losses
+come back document by document: two formats that read the same documents can be compared in pairs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_edu.text.conversations import IGNORED
+
+
+class Surprise(NamedTuple):
+    """Loss of each document, in nats, summed over its tokens; and how many tokens that are."""
+
+    nats: Tensor
+    """float64 `[documents]`."""
+    tokens: Tensor
+    """int64 `[documents]`."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token, over all tokens."""
+        return (self.nats.sum() / self.tokens.sum()).item()
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss.
+
+        >>> round(Surprise(torch.tensor([4 * math.log(8)]), torch.tensor([4])).perplexity, 5)
+        8.0
+        """
+        return math.exp(self.loss)
+
+
+def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list[list[int]]:
+    """Read a JSONL file of `{"text": ...}` or chat `{"messages": [...]}` as token ids, one a line.
+
+    A text gets the begin and the end token around it; chat goes through the tokenizer's template.
+    Each document is cut at `max_length` tokens.
+    """
+    rows = []
+    with Path(path).open(encoding="utf-8") as lines:
+        for line in lines:
+            document = json.loads(line)
+            if "messages" in document:
+                text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
+            else:
+                text = f"{tokenizer.bos_token}{document['text']}{tokenizer.eos_token}"
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:max_length])
+    return rows
+
+
+@torch.no_grad()
+def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) -> Surprise:
+    """The loss of a causal language model on every document, in the order given.
+
+    Args:
+        model: takes `input_ids` `[batch, tokens]`, returns an object with `.logits`.
+        rows: token ids of each document, at least two.
+    """
+    device = getattr(model, "device", "cpu")  # a plain function has none
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    tokens = torch.tensor([len(row) - 1 for row in rows])
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        # Padding stands at the end, where a causal model's earlier tokens do not see it.
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True)
+        labels = nn.utils.rnn.pad_sequence(
+            [torch.tensor(rows[i][1:]) for i in chosen], batch_first=True, padding_value=IGNORED
+        )
+        logits = model(input_ids=ids.to(device)).logits[:, :-1].float()
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), labels.to(device), ignore_index=IGNORED, reduction="none"
+        )
+        nats[chosen] = losses.double().sum(dim=1).cpu()
+    return Surprise(nats, tokens)
+
+
+@contextmanager
+def rounded_weights(
+    model: nn.Module, round_trip: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
+) -> Iterator[nn.Module]:
+    """Within the block, `model` computes with its weights quantised and read back.
+
+    Args:
+        round_trip: takes a weight and returns it rounded; same shape.
+        names: of the parameters to round; by default the weight of every `nn.Linear` except the
+            output head. Afterwards the old weights are back, to the bit.
+
+    Raises:
+        KeyError: for a name that is no parameter of the model; nothing is changed then.
+
+    >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False))
+    >>> with rounded_weights(layer, torch.zeros_like):
+    ...     layer(torch.ones(1, 2)).item()
+    0.0
+    >>> bool(layer[0].weight.any())
+    True
+    """
+    if names is None:
+        names = linear_weights(model)
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameters[name] for name in names}
+    before = {name: parameter.data for name, parameter in chosen.items()}
+    try:
+        for parameter in chosen.values():
+            parameter.data = round_trip(parameter.data).to(parameter.dtype)
+        yield model
+    finally:
+        for name, parameter in chosen.items():
+            parameter.data = before[name]
+
+
+def linear_weights(model: nn.Module) -> list[str]:
+    """Name the weights that bitsandbytes quantises: of every `nn.Linear` but the output head.
+
+    >>> linear_weights(nn.ModuleDict({"up": nn.Linear(2, 2), "lm_head": nn.Linear(2, 2)}))
+    ['up.weight']
+    """
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    ]

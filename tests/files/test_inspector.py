@@ -1,0 +1,288 @@
+"""Chapter 2: one weight is found in its byte, in memory and on disk; and what blocks cost."""
+
+import json
+import math
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_edu import quantize
+from qlora_edu.blockwise import DTYPES
+from qlora_edu.codebooks import LEVELS, QuantizationError, affine_int4, get_levels
+from qlora_edu.course import explorers
+from qlora_edu.course.explorers import chapter_02
+from qlora_edu.files.inspector import InspectionError, inspect_file, inspect_weight
+from qlora_edu.kernels import dequantize_blockwise, quantize_blockwise, read_back
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def every_index(shape):
+    return torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist()
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("shape", [(7,), (5, 21), (3, 4, 11)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_weight_is_found_where_reading_the_whole_tensor_finds_it(name, shape, dtype):
+    weight, levels = random(*shape).to(dtype), get_levels(name, 32)
+    packed, absmax = quantize_blockwise(weight, levels, 32)
+    whole = dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
+    for position, index in enumerate(every_index(shape)):
+        found = inspect_weight(packed, absmax, levels, 32, shape, index, dtype)
+        assert found.position == position and found.offset is None
+        assert found.dequantized == whole[tuple(index)].item()
+        byte = packed.flatten()[position // 2].item()
+        assert (found.byte, found.value) == (position // 2, byte)
+        assert found.code == (byte >> 4 if found.half == "high" else byte & 15)
+        assert found.half == ("high" if position % 2 == 0 else "low")
+        assert found.level == levels[found.code].item()
+        assert found.absmax == absmax[found.block].item()
+
+
+def test_the_error_is_what_is_read_back_minus_what_was_there():
+    weight, levels = random(2, 40), get_levels("nf4")
+    packed, absmax = quantize_blockwise(weight, levels, 64)
+    found = inspect_weight(packed, absmax, levels, 64, weight.shape, (1, 7))
+    expected = (read_back(weight, levels, 64) - weight)[1, 7].item()
+    assert found.error(weight[1, 7]) == pytest.approx(expected, abs=1e-7)
+
+
+def test_negative_numbers_count_from_the_end():
+    weight, levels = random(3, 5), get_levels("nf4")
+    packed, absmax = quantize_blockwise(weight, levels, 64)
+    arguments = (packed, absmax, levels, 64, weight.shape)
+    assert inspect_weight(*arguments, (-1, -5)) == inspect_weight(*arguments, (2, 0))
+    flat = (packed, absmax, levels, 64, (15,))
+    assert inspect_weight(*flat, -1) == inspect_weight(*flat, (14,))
+
+
+@pytest.mark.parametrize("index", [(3, 0), (0, 5), (-4, 0), (0,), (0, 0, 0), 4])
+def test_a_place_that_is_not_there_is_refused(index):
+    packed, absmax = quantize_blockwise(random(3, 5), get_levels("nf4"), 64)
+    with pytest.raises(InspectionError, match=r"no weight at index .* shape \(3, 5\)"):
+        inspect_weight(packed, absmax, get_levels("nf4"), 64, (3, 5), index)
+
+
+def test_too_few_bytes_or_levels_are_refused():
+    levels = get_levels("nf4")
+    packed, absmax = quantize_blockwise(random(130), levels, 64)
+    with pytest.raises(InspectionError, match="64 byte"):
+        inspect_weight(packed[:64], absmax, levels, 64, (130,), 129)
+    with pytest.raises(InspectionError, match=r"2 constant\(s\)"):
+        inspect_weight(packed, absmax[:2], levels, 64, (130,), 129)
+    with pytest.raises(InspectionError, match="code 15 is beyond the 8 levels"):
+        inspect_weight(torch.tensor([[0xF0]]), torch.ones(1), levels[:8], 64, (1,), 0)
+    assert issubclass(InspectionError, QuantizationError)
+
+
+def test_what_it_prints_has_the_byte_in_hexadecimal_and_its_nibble_in_brackets():
+    packed, absmax = quantize_blockwise(torch.tensor([-2.0, 2.0]), get_levels("nf4"), 64)
+    first, second = (
+        str(inspect_weight(packed, absmax, get_levels("nf4"), 64, (2,), i)) for i in (0, 1)
+    )
+    assert "0x0F = [0000] 1111" in first and "0x0F = 0000 [1111]" in second
+    assert "code         0, the high nibble" in first
+    assert "dequantised  -2" in first and "dequantised  +2" in second
+
+
+@pytest.fixture(scope="module")
+def linear4bit(tmp_path_factory):
+    """A file with a layer that bitsandbytes quantised and another tensor before it."""
+    folder = tmp_path_factory.mktemp("file")
+    layers = {}
+    for double_quant in (False, True):
+        layer = bnb.nn.Linear4bit(
+            128, 96, bias=False, quant_type="nf4", compress_statistics=double_quant
+        )
+        layer.weight.data.copy_(random(96, 128, seed=3))
+        layer = layer.to("cpu")
+        state = {f"up.{key}": value.contiguous() for key, value in layer.state_dict().items()}
+        path = folder / f"{'double' if double_quant else 'plain'}.safetensors"
+        save_file(state | {"a_norm": torch.ones(7)}, path)
+        layers[double_quant] = (path, layer)
+    return layers
+
+
+def test_the_file_of_bitsandbytes_is_read_byte_by_byte(linear4bit):
+    path, layer = linear4bit[False]
+    weight = random(96, 128, seed=3)
+    packed, absmax = quantize_blockwise(weight, get_levels("nf4"), 64)
+    whole = bnb_functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    content = path.read_bytes()
+    for index in ((0, 0), (0, 1), (0, 64), (1, 0), (47, 77), (95, 127)):
+        found = inspect_file(path, "up.weight", index)
+        here = inspect_weight(packed, absmax, get_levels("nf4"), 64, (96, 128), index)
+        assert found._replace(offset=None) == here
+        assert content[found.offset] == found.value
+        assert found.dequantized == whole[index].item()
+        assert f"byte {found.offset} of the file" in str(found)
+
+
+def test_a_nibble_changed_on_disk_changes_one_weight(linear4bit, tmp_path):
+    path, _ = linear4bit[False]
+    copy = tmp_path / "changed.safetensors"
+    content = bytearray(path.read_bytes())
+    found = inspect_file(path, "up.weight", (10, 20))
+    content[found.offset] = (15 - found.code << 4) | (found.value & 15)
+    copy.write_bytes(content)
+
+    def whole(file):
+        state = load_file(file)
+        return dequantize_blockwise(
+            state["up.weight"],
+            state["up.weight.absmax"],
+            state["up.weight.quant_map"],
+            64,
+            (96, 128),
+            torch.float32,
+        )
+
+    changed = (whole(path) != whole(copy)).nonzero().tolist()
+    assert changed == [[10, 20]]
+    assert inspect_file(copy, "up.weight", (10, 20)).code == 15 - found.code
+    neighbour = inspect_file(copy, "up.weight", (10, 21))
+    assert neighbour.offset == found.offset
+    assert neighbour.code == inspect_file(path, "up.weight", (10, 21)).code
+
+
+def test_our_own_file_is_read_too(tmp_path):
+    weight = random(33, 5).to(torch.bfloat16)
+    quantized = quantize(weight, "fp4", blocksize=32, double_quant=False)
+    path = tmp_path / "ours.safetensors"
+    save_file(quantized.state_dict("layer.weight"), path)
+    whole = quantized.dequantize()
+    for index in every_index((33, 5))[::7]:
+        assert inspect_file(path, "layer.weight", index).dequantized == whole[tuple(index)].item()
+
+
+def test_double_quantised_constants_and_missing_names_are_refused(linear4bit):
+    path, _ = linear4bit[True]
+    with pytest.raises(InspectionError, match="double-quantised, see chapter 3"):
+        inspect_file(path, "up.weight", (0, 0))
+    for name in ("down.weight", "a_norm"):
+        with pytest.raises(InspectionError, match=f"'{name}' of .* is not a 4-bit weight"):
+            inspect_file(path, name, (0, 0))
+    with pytest.raises(InspectionError, match="no weight at index"):
+        inspect_file(linear4bit[False][0], "up.weight", (96, 0))
+
+
+def test_a_file_without_its_constants_says_which_are_missing(linear4bit, tmp_path):
+    state = load_file(linear4bit[False][0])
+    del state["up.weight.absmax"]
+    path = tmp_path / "torn.safetensors"
+    save_file(state, path)
+    with pytest.raises(InspectionError, match=r"no tensor 'up\.weight\.absmax'"):
+        inspect_file(path, "up.weight", (0, 0))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (2, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_back_keeps_shape_and_dtype(shape, dtype):
+    weight, levels = random(*shape).to(dtype), get_levels("int4")
+    packed, absmax = quantize_blockwise(weight, levels, 32)
+    back = read_back(weight, levels, 32)
+    assert back.shape == shape and back.dtype == dtype
+    assert torch.equal(back, dequantize_blockwise(packed, absmax, levels, 32, shape, dtype))
+
+
+# From the tests of bitsandbytes, N(0, 1), 1024 × 1024. They allow their mean plus 7 standard
+# deviations of it between tensors. Blocks of one tensor are independent, so the spread of the
+# blocks' own means gives that deviation without drawing more tensors.
+PUBLISHED = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 4096: 0.092547}
+
+
+@pytest.mark.parametrize("blocksize", PUBLISHED)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_published_mean_error_is_within_seven_standard_errors(blocksize, seed):
+    weight = random(1024, 1024, seed=seed)
+    error = (read_back(weight, get_levels("nf4"), blocksize) - weight).abs()
+    of_blocks = error.view(-1, blocksize).mean(dim=1)
+    standard_error = of_blocks.std().item() / math.sqrt(len(of_blocks))
+    assert standard_error < 0.0005
+    assert abs(error.mean().item() - PUBLISHED[blocksize]) < 7 * standard_error
+
+
+def test_the_published_relative_error_at_64_is_within_seven_standard_errors():
+    weight = random(1024, 1024)
+    error = (read_back(weight, get_levels("nf4"), 64) - weight).abs()
+    relative = error / (weight.abs() + 1e-8)
+    standard_error = relative.view(-1, 64).mean(dim=1).std().item() / math.sqrt(2**20 / 64)
+    assert abs(relative.mean().item() - 0.203339) < 7 * standard_error
+
+
+def test_the_standard_error_from_blocks_is_the_one_between_tensors():
+    means, predicted = [], []
+    for seed in range(40):
+        weight = random(2**16, seed=seed)
+        of_blocks = (read_back(weight, get_levels("nf4"), 64) - weight).abs().view(-1, 64).mean(1)
+        means.append(of_blocks.mean().item())
+        predicted.append(of_blocks.std().item() / math.sqrt(len(of_blocks)))
+    measured = torch.tensor(means).std().item()
+    # Forty draws know a deviation to 1 / sqrt(2 · 39), 11 %; this allows four of these.
+    assert measured == pytest.approx(sum(predicted) / 40, rel=0.45)
+
+
+def test_affine_int4_errs_by_half_a_step_and_knows_no_exact_zero():
+    weight = random(64, 64)
+    blocks = weight.view(-1, 32)
+    step = (blocks.amax(dim=1) - blocks.amin(dim=1)) / 15
+    error = (affine_int4(weight, 32) - weight).view(-1, 32).abs().amax(dim=1)
+    # Half a step, and what rounding the two constants to 16 bits adds.
+    assert (error < 0.51 * step + 0.003).all()
+    assert affine_int4(torch.tensor([-1.0, 0.0, 0.0, 2.0]), 4)[1] != 0
+    assert affine_int4(torch.full((4,), 0.5), 4).isnan().all(), "a constant block is 0 / 0"
+
+
+@pytest.mark.parametrize("format", chapter_02.FORMATS)
+def test_an_outlier_hurts_its_block_and_no_other(format):
+    healthy, hurt = (chapter_02.matrix_with_outlier(s) for s in (1, 1000))
+    changed = chapter_02.read_back_as(hurt, 64, format) != chapter_02.read_back_as(
+        healthy, 64, format
+    )
+    rows = changed.any(dim=1).nonzero().flatten().tolist()
+    assert rows == [chapter_02.OUTLIER[0]], "a row of 64 is a block"
+
+
+def test_a_wrong_parameter_of_the_explorer_is_refused():
+    with pytest.raises(KeyError):
+        explorers.render_outlier_map(format="INT3")
+    with pytest.raises(QuantizationError, match="blocksize"):
+        explorers.render_outlier_map(blocksize=48)
+
+
+def test_the_drawing_of_blocks_shows_the_bytes_that_are_packed():
+    import matplotlib.pyplot as plt
+
+    weight = random(2, 6)
+    figure = explorers.draw_blocks_and_bytes(weight, get_levels("nf4"), 4)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    # Blocks of 4 are too small for the quantiser; so each is quantised as a tensor of its own.
+    parts = weight.view(-1, 4)
+    packed = torch.cat([quantize_blockwise(part, get_levels("nf4"), 64)[0] for part in parts])
+    expected = [f"0x{value:02X}" for value in packed.flatten().tolist()]
+    assert [text for text in texts if text.startswith("0x")] == expected
+    assert sum(text.startswith("block ") for text in texts) == 3
+    figure.canvas.draw()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
+    plt.close(figure)
+
+
+def test_the_header_of_a_file_says_where_the_bytes_are(linear4bit):
+    """What `inspect_file` relies on, said by the file itself."""
+    content = linear4bit[False][0].read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    begin, end = header["up.weight"]["data_offsets"]
+    assert header["up.weight"]["dtype"] == "U8" and end - begin == 96 * 128 // 2
+    stored = torch.frombuffer(
+        bytearray(content[8 + size + begin : 8 + size + end]), dtype=torch.uint8
+    )
+    assert torch.equal(stored.view(-1, 1), load_file(linear4bit[False][0])["up.weight"])

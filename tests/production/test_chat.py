@@ -1,0 +1,176 @@
+"""Support for chapter 10: the conversation, its commands, and what it says to bad input."""
+
+import pytest
+
+from qlora_edu.__main__ import main as command_line
+from qlora_edu.production import chat as chat_module
+from qlora_edu.production.chat import Chat, EmptyMessageError, converse, load_chat, main
+from qlora_edu.production.loading import locate
+from qlora_edu.production.serving import UnknownAdapterError
+from qlora_edu.text.conversations import read_conversations
+from qlora_edu.text.generation import GenerationError, PromptTooLongError
+
+ROW = read_conversations(locate("data/tasks/test.jsonl"))[2]
+QUESTION, WANTED = (message["content"] for message in ROW)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_chat(method="lora")  # a base in 4 bits takes its time on a CPU
+
+
+@pytest.fixture
+def chat(loaded):
+    return Chat(loaded.shelf, loaded.tokenizer)
+
+
+def last(answer) -> str:
+    *_, text = answer
+    return text
+
+
+def talk(chat, *lines, systems=("all",)) -> str:
+    """What the terminal shows for these lines."""
+    typed, shown = iter(lines), []
+
+    def read(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(chat, systems, read, shown.append)
+    return "".join(shown)
+
+
+def test_each_system_answers_in_its_own_way(chat):
+    assert chat.shelf.names == ["base", "absent", "all", "question", "record"]
+    answers = {name: last(chat.answer(QUESTION, name)) for name in ("base", "record", "all")}
+    assert answers["record"].startswith('{"lender"') and answers["base"] != answers["record"]
+    assert set(WANTED.split()) & set(answers["all"].split())
+
+
+def test_the_answer_grows_and_can_be_stopped(chat):
+    chat.remember = True
+    seen = []
+    for text in chat.answer(QUESTION, "record", stopped=lambda: len(seen) == 3):
+        seen.append(text)
+    assert len(seen) == 3 and all(b.startswith(a) for a, b in zip(seen, seen[1:], strict=False))
+    assert chat.history["record"][-1] == {"role": "assistant", "content": seen[-1]}
+
+
+def test_messages_stand_alone_unless_they_are_remembered(chat):
+    alone = last(chat.answer("Who was there?", "all"))
+    list(chat.answer(QUESTION, "all"))
+    assert last(chat.answer("Who was there?", "all")) == alone and not chat.history
+    chat.remember = True
+    list(chat.answer(QUESTION, "all"))
+    list(chat.answer("Who was there?", "all"))
+    assert [m["role"] for m in chat.history["all"]] == ["user", "assistant"] * 2
+    chat.remember = False
+    assert last(chat.answer("Who was there?", "all")) == alone, "what is kept was handed on"
+    assert len(chat.history["all"]) == 4
+    chat.remember = True
+    chat.reset()
+    assert last(chat.answer("Who was there?", "all")) == alone
+
+
+def test_each_system_remembers_its_own_conversation(chat):
+    chat.remember = True
+    list(chat.answer(QUESTION, "all"))
+    list(chat.answer(QUESTION, "base"))
+    assert len(chat.history["all"]) == len(chat.history["base"]) == 2
+    assert chat.history["all"] != chat.history["base"]
+
+
+@pytest.mark.parametrize(
+    "message, system, error, says",
+    [
+        (" \n", "all", EmptyMessageError, "empty"),
+        ("Who?", "everything", UnknownAdapterError, "there are base, absent"),
+        ("word " * 5000, "all", PromptTooLongError, "shorten the prompt"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(chat, message, system, error, says):
+    with pytest.raises(error, match=says):
+        list(chat.answer(message, system))
+    assert not chat.history
+
+
+def test_a_bad_temperature_is_said(chat):
+    chat.temperature = -1
+    with pytest.raises(GenerationError, match="temperature"):
+        list(chat.answer("Who?", "all"))
+
+
+def test_the_terminal_answers_obeys_and_goes_on_after_an_error(chat):
+    shown = talk(
+        chat,
+        QUESTION,
+        "",
+        "/use recrod",
+        "/use record",
+        QUESTION,
+        "/use",
+        "/temperature hot",
+        "/temperature 0.5",
+        "/length 0",
+        "/length 7",
+        "/remember on",
+        "/whatever",
+        "/quit",
+        "never read",
+    )
+    assert "all: {" in shown and 'record: {"lender"' in shown
+    for words in ("empty", "did you mean 'record'", "in use: record", "wants a number, not 'hot'"):
+        assert words in shown
+    assert "at least 1" in shown and "/compare NAME NAME" in shown
+    assert (chat.temperature, chat.max_new_tokens, chat.remember) == (0.5, 7, True)
+
+
+def test_two_systems_side_by_side(chat):
+    shown = talk(chat, "/compare base record", QUESTION)
+    assert "base: " in shown and 'record: {"lender"' in shown
+    assert shown.index("base: ") < shown.index("record: ")
+
+
+def test_interrupting_stops_the_answer_and_not_the_conversation(chat, monkeypatch):
+    def interrupted(*args, **kwargs):
+        yield "half"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "answer", interrupted)
+    assert "all: half (stopped)" in talk(chat, "Who?", "/use")
+
+
+def test_the_command_line(monkeypatch, capsys):
+    typed = iter([QUESTION, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert command_line(["chat", "--use", "base", "record", "--length", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "in use: base, record" in shown and 'record: {"lender"' in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--use", "nobody"], "no adapter 'nobody'"),
+        (["--adapter", "mine=no/such/folder"], "no folder 'no/such/folder'"),
+        (["--adapter", "base=data/adapters/all"], "without an adapter"),
+        (["--model", "no-such/model"], "no-such/model"),
+        (["--temperature", "-1"], "temperature"),
+        (["--method", "magic"], "method must be one of"),
+    ],
+)
+def test_the_command_line_names_what_is_wrong(arguments, says, capsys, monkeypatch):
+    monkeypatch.chdir(chat_module.Path(locate("data")).parent)
+    assert main(arguments) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_adapters_of_ones_own(capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    folder = locate("data/adapters/record")
+    own = ["--adapter", f"mine={folder}", "--adapter", locate("data/adapters/all")]
+    assert main([*own, "--method", "lora"]) == 0
+    assert "systems: base, mine, all; in use: all" in capsys.readouterr().out

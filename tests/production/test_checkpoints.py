@@ -1,0 +1,739 @@
+"""Nothing is lost: checkpoints that are whole or absent, and runs that resume to the same bits."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import make_base, make_rows, write_jsonl
+from torch import nn
+
+from qlora_edu import finetune as run_finetune
+from qlora_edu.adapters import AdapterMismatchError, DamagedAdapterError, UntrainedAdapterError
+from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files.peft_format import AdapterFileError
+from qlora_edu.finetuning import main
+from qlora_edu.production import checkpoints as module
+from qlora_edu.production.checkpoints import (
+    CannotWriteError,
+    CheckpointError,
+    DamagedFileError,
+    WrongBaseError,
+    checkpoints,
+    fingerprint,
+    latest_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    random_state,
+    read_seal,
+    save_checkpoint,
+    seal,
+    set_random_state,
+)
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import attach_adapter, load_run
+from qlora_edu.production.run_folder import RunExistsError, checkpoints_of, free_folder
+from qlora_edu.training import TrainingError
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows(30))
+
+
+def make_config(base, data, folder, **changes):
+    """Dropout, a schedule and accumulation: everything that a resumed run could get wrong."""
+    return FinetuneConfig.from_preset(
+        "embedded",
+        **{
+            "model": str(base),
+            "train_data": str(data),
+            "held_out_data": str(data),
+            "r": 8,
+            "dropout": 0.2,
+            "max_steps": STEPS,
+            "batch_size": 2,
+            "gradient_accumulation": 2,
+            "warmup_steps": 3,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "held_out_rows": 4,
+            "answer_rows": 2,
+            "max_new_tokens": 2,
+            "output_dir": str(folder),
+            **changes,
+        },
+    )
+
+
+@pytest.fixture
+def config(base, data, tmp_path):
+    return make_config(base, data, tmp_path / "run")
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Have runs end at the beginning of a step, right after its checkpoint is written."""
+    from qlora_edu.production.callback import Watch
+
+    original = Watch.on_step_begin
+
+    def stop(step):
+        def on_step_begin(self, args, state, control, **others):
+            original(self, args, state, control, **others)
+            if state.global_step == step:
+                raise Stopped
+
+        monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
+
+    yield stop
+    monkeypatch.undo()
+
+
+def interrupted(config, stop_at, step=8):
+    """Run until ``step``; the folder of its checkpoints."""
+    stop_at(step)
+    with pytest.raises(Stopped):
+        run_finetune(config, progress=False)
+    stop_at(None)
+    return checkpoints_of(Path(config.output_dir))
+
+
+def weights(folder):
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return next((folder / name).read_bytes() for name in names if (folder / name).exists())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, data, tmp_path_factory):
+    """The weights and losses that every resumed run must end with."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run_finetune(make_config(base, data, folder), progress=False)
+    return weights(folder), result.losses
+
+
+# Killed at any moment
+
+
+def fine_tune(config, resume):
+    torch.set_num_threads(1)  # as every run that is compared here
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    run_finetune(config, progress=False, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A server that has imported everything, and forks runs from there."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = [
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "datasets",
+        "qlora_edu.finetuning",
+        "qlora_edu.production.callback",
+    ]
+    context.set_forkserver_preload([*heavy, "test_checkpoints"])
+    return context
+
+
+def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tmp_path, processes):
+    """SIGKILL, which nobody can catch, and then the same command again with ``resume``."""
+
+    def start(config, resume):
+        process = processes.Process(target=fine_tune, args=(config, resume))
+        process.start()
+        return process
+
+    # The first run also waits for the server to import everything; the second is timed.
+    for name in ("first", "whole"):
+        whole = make_config(base, data, tmp_path / name, answer_rows=0)
+        started = time.perf_counter()
+        process = start(whole, False)
+        process.join()
+        seconds = time.perf_counter() - started
+    expected = weights(Path(whole.output_dir))
+    dice = random.Random(0)
+    steps_found = set()
+    for kill in range(20):
+        config = make_config(base, data, tmp_path / f"killed-{kill}", answer_rows=0)
+        process = start(config, False)
+        process.join(timeout=seconds * dice.uniform(0.2, 1.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        folder = Path(config.output_dir)
+        if not folder.exists():
+            found = checkpoints(checkpoints_of(folder))
+            steps_found.add(found[-1].name if found else "none")
+            again = start(config, True)
+            again.join()
+            assert again.exitcode == 0
+        elif checkpoints_of(folder).exists():  # the kill came between the run and the tidying up
+            start(config, True).join()
+        assert weights(folder) == expected, f"killed after {config.output_dir}, {steps_found}"
+        assert read_seal(folder)["base_sha256"] == fingerprint(base)
+        left = [path.name for path in tmp_path.iterdir() if f"killed-{kill}" in path.name]
+        assert left == [f"killed-{kill}"]  # no half-written folder stays behind
+    assert len(steps_found) >= 4, steps_found  # the kills came at different points of the run
+
+
+def test_what_was_killed_while_tidying_up_has_come_to_its_end(base, data, tmp_path):
+    config = make_config(base, data, tmp_path / "run", answer_rows=0)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    checkpoints_of(folder).mkdir()
+    with pytest.raises(RunExistsError, match="overwrites nothing"):
+        free_folder(config)
+    assert checkpoints_of(folder).exists()
+    with pytest.raises(RunExistsError, match="had come to its end"):
+        free_folder(config, resume=True)
+    assert folder.exists() and not checkpoints_of(folder).exists()
+
+
+def save_three(folder):
+    """Write three checkpoints of one tensor; killed at the file operation ``KILL_AT``."""
+    for step in (1, 2, 3):
+        tensor = {"weight": torch.full((50_000,), float(step))}
+        save_checkpoint(folder, step, lambda part, t=tensor: save_file(t, part / "w"), {}, keep=2)
+
+
+def killed_at(folder, operation):
+    """Run ``save_three`` and be killed right before the ``operation``-th call of the system."""
+    calls = 0
+
+    def counting(real):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return counted
+
+    for name in ("mkdir", "rename", "fsync", "rmdir", "unlink", "open", "replace"):
+        setattr(os, name, counting(getattr(os, name)))
+    save_three(folder)
+    os._exit(7)
+
+
+def test_a_kill_before_any_file_operation_leaves_whole_checkpoints(tmp_path, processes):
+    """Not at random: once before each call by which a file or folder is made, moved or removed."""
+    survived = 0
+    newest = []
+    while survived < 1:
+        operation = len(newest) + 1
+        folder = tmp_path / str(operation)
+        process = processes.Process(target=killed_at, args=(folder, operation))
+        process.start()
+        process.join()
+        survived += process.exitcode == 7
+        found = latest_checkpoint(folder)
+        newest.append(found[1]["step"] if found else 0)
+        if found:
+            value = load_file(found[0] / "w")["weight"]
+            assert (value == found[1]["step"]).all()
+    assert newest == sorted(newest) and set(newest) == {0, 1, 2, 3} and len(newest) > 20
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_a_resumed_run_is_the_run(config, stop_at, method, capsys):
+    config = config.replace(method=method)
+    whole = run_finetune(config.replace(output_dir=f"{config.output_dir}-whole"), progress=False)
+    saved = interrupted(config, stop_at)
+    assert [path.name for path in checkpoints(saved)] == ["checkpoint-000006", "checkpoint-000008"]
+    result = run_finetune(config, progress=False, resume=True)
+    assert "resumed from checkpoint-000008: step 8 of 12" in capsys.readouterr().out
+    assert weights(result.folder) == weights(whole.folder)
+    assert result.losses == whole.losses and len(result.losses) == STEPS / 2
+    assert result.before == whole.before and result.after == whole.after
+    assert not saved.exists()
+
+
+def test_grouped_rows_resume_in_the_same_order(base, data, tmp_path, stop_at):
+    """Over several passes: the trainer's own sampler would draw a new order on resuming."""
+    config = make_config(base, data, tmp_path / "run", group_by_length=True, batch_size=8)
+    whole = run_finetune(config.replace(output_dir=f"{config.output_dir}-whole"), progress=False)
+    interrupted(config, stop_at, step=10)
+    assert weights(run_finetune(config, progress=False, resume=True).folder) == weights(
+        whole.folder
+    )
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "scheduler", "dice"])
+def test_each_part_of_the_state_is_needed(config, stop_at, uninterrupted, forgotten, monkeypatch):
+    """What the faults in the stack forget silently; if one made no difference, tests were blind."""
+    from qlora_edu.production import callback as watch
+
+    interrupted(config, stop_at)
+    if forgotten == "optimizer":
+        monkeypatch.setattr(watch, "load_optimizer_state", lambda *args: None)
+    elif forgotten == "dice":
+        monkeypatch.setattr(watch, "set_random_state", lambda state: None)
+    else:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        monkeypatch.setattr(LambdaLR, "load_state_dict", lambda self, state: None)
+    result = run_finetune(config, progress=False, resume=True)
+    assert weights(result.folder) != uninterrupted[0]
+
+
+# Damage, found and named
+
+
+FILES = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "random_state.safetensors",
+    "progress.json",
+    "trainer_state.json",
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "bit flip"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    config, stop_at, uninterrupted, capsys, file, damage
+):
+    saved = interrupted(config, stop_at)
+    path = saved / "checkpoint-000008" / file
+    harm(path, damage)
+    result = run_finetune(config, progress=False, resume=True)
+    out = capsys.readouterr().out
+    assert f"checkpoint-000008 is passed over: {path}" in out
+    assert "resumed from checkpoint-000006" in out
+    assert (weights(result.folder), result.losses) == uninterrupted
+
+
+def harm(path, damage):
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def test_a_checkpoint_without_a_manifest_was_not_written_to_its_end(config, stop_at, capsys):
+    saved = interrupted(config, stop_at)
+    (saved / "checkpoint-000008" / "manifest.json").unlink()
+    assert latest_checkpoint(saved)[1]["step"] == 6
+    assert "manifest.json is missing or unreadable" in capsys.readouterr().out
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(config, stop_at):
+    saved = interrupted(config, stop_at)
+    for path in saved.iterdir():
+        harm(path / "optimizer.safetensors", "missing")
+    with pytest.raises(DamagedFileError, match="none of the 2 checkpoints .* To begin again"):
+        run_finetune(config, progress=False, resume=True)
+
+
+@given(content=st.binary(min_size=1, max_size=200), place=st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_flipped_bit_is_found(content, place):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "file").write_bytes(content)
+        seal(folder, {"step": 1})
+        assert read_seal(folder) == {"step": 1}
+        bit = place.draw(st.integers(0, 8 * len(content) - 1))
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (folder / "file").write_bytes(changed)
+        with pytest.raises(DamagedFileError, match="file is not the file that was written"):
+            read_seal(folder)
+
+
+# Another run's checkpoint
+
+
+def test_a_checkpoint_of_another_base_is_refused(config, stop_at, base, tmp_path):
+    import shutil
+
+    interrupted(config, stop_at)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-3  # the same shapes, one number of 100,000
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WrongBaseError, match="with other weights than"):
+        # The settings name the same folder: its content has changed since.
+        run_finetune(config.replace(model=str(other)), progress=False, resume=True)
+
+
+def test_other_settings_or_rows_are_refused_by_name(config, stop_at, tmp_path):
+    interrupted(config, stop_at)
+    with pytest.raises(CheckpointError, match="learning_rate was 0.003 and is 0.001"):
+        run_finetune(config.replace(learning_rate=1e-3), progress=False, resume=True)
+    rows = Path(config.train_data).read_text().splitlines(keepends=True)
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text("".join(rows))
+    moved = config.replace(train_data=str(changed), output_dir=str(tmp_path / "second"))
+    interrupted(moved, stop_at)
+    changed.write_text("".join(reversed(rows)))
+    with pytest.raises(CheckpointError, match="trained on other rows than"):
+        run_finetune(moved, progress=False, resume=True)
+
+
+def test_other_versions_are_said(config, stop_at, monkeypatch, capsys):
+
+    interrupted(config, stop_at)
+    real = sys.modules["qlora_edu.finetuning"].version
+    monkeypatch.setattr(
+        sys.modules["qlora_edu.finetuning"], "version", lambda n: "9" if n == "trl" else real(n)
+    )
+    run_finetune(config, progress=False, resume=True)
+    assert "warning: trl was 1." in capsys.readouterr().out
+
+
+def test_checkpoints_are_not_run_over_by_a_new_run(config, stop_at, capsys):
+    saved = interrupted(config, stop_at)
+    with pytest.raises(RunExistsError, match="resume=True"):
+        run_finetune(config, progress=False)
+    assert len(checkpoints(saved)) == 2
+
+
+def test_resuming_before_the_first_checkpoint_begins_and_says_so(config, uninterrupted, capsys):
+    result = run_finetune(config, progress=False, resume=True)
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert weights(result.folder) == uninterrupted[0]
+
+
+def test_the_command_line_resumes(config, stop_at, uninterrupted, tmp_path, capsys):
+    import yaml
+
+    interrupted(config, stop_at)
+    from dataclasses import asdict
+
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(asdict(config)))
+    assert main(["--config", str(file)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main(["--config", str(file), "--resume"]) == 0
+    assert weights(Path(config.output_dir)) == uninterrupted[0]
+
+
+# Losses that are not finite; a disk that is full
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+    config, monkeypatch
+):
+    from qlora_edu.production.callback import Watch
+
+    original = Watch.on_step_end
+
+    def poison(self, args, state, control, model, **others):
+        original(self, args, state, control, model, **others)
+        if state.global_step == 6:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Watch, "on_step_end", poison)
+    with pytest.raises(TrainingError, match="the loss is nan at step 8"):
+        run_finetune(config, progress=False)
+    saved = checkpoints_of(Path(config.output_dir))
+    path, _ = latest_checkpoint(saved)
+    assert not Path(config.output_dir).exists()
+    # The weights went bad during step 6; the checkpoint before it is still there and good.
+    good = saved / "checkpoint-000004"
+    assert all(t.isfinite().all() for t in load_file(good / "adapter_model.safetensors").values())
+
+
+def test_a_full_disk_is_an_error_that_says_so_and_harms_nothing(tmp_path):
+    """A real one, as far as a test can: the system lets no file grow beyond 100 kB."""
+    script = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from qlora_edu.checkpoints import CannotWriteError, save_checkpoint
+
+folder = Path({str(tmp_path)!r}) / "run"
+small, large = ({{"w": torch.zeros(n)}} for n in (1_000, 100_000))
+save_checkpoint(folder, 1, lambda part: save_file(small, part / "w.safetensors"), {{}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(folder, 2, lambda part: save_file(large, part / "w.safetensors"), {{}})
+except CannotWriteError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "cannot write" in out.stdout and "Free some space" in out.stdout
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-000001"]
+    assert latest_checkpoint(tmp_path / "run")[1]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+        (OSError(errno.EACCES, "Permission denied"), "its rights"),
+    ],
+)
+def test_a_disk_that_refuses_ends_a_run_that_can_be_resumed(
+    config, uninterrupted, monkeypatch, error, says
+):
+    real = module.seal
+
+    def refuse(folder, facts):
+        if facts.get("step") == 6:
+            raise error
+        real(folder, facts)
+
+    monkeypatch.setattr(module, "seal", refuse)
+    with pytest.raises(CannotWriteError, match=says):
+        run_finetune(config, progress=False)
+    monkeypatch.undo()
+    result = run_finetune(config, progress=False, resume=True)
+    assert weights(result.folder) == uninterrupted[0]
+
+
+# The parts
+
+
+def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename")}
+
+    def fsync(descriptor):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real["fsync"](descriptor)
+
+    def rename(old, new):
+        calls.append("rename")
+        real["rename"](old, new)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc to see what a descriptor stands for")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with whole_or_absent(tmp_path / "made") as part:
+        (part / "sub").mkdir()
+        (part / "sub" / "a").write_text("1")
+        (part / "b").write_text("2")
+    at = calls.index("rename")
+    assert {"a", "b", "sub", f".made.part-{os.getpid()}"} == set(calls[:at])
+    assert calls[at + 1 :] == [tmp_path.name]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in range(1, 12):
+        save_checkpoint(tmp_path, step, lambda part: (part / "a").write_text("x"), {}, keep=3)
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["checkpoint-000009", "checkpoint-000010", "checkpoint-000011"]
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_files(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: tensors[n] for n in part}, tmp_path / f"model-{i}.safetensors")
+    assert fingerprint(tmp_path) == fingerprint(base)
+    tensors[names[0]].view(-1)[0] += 1
+    save_file({n: tensors[n] for n in names[::2]}, tmp_path / "model-0.safetensors")
+    assert fingerprint(tmp_path) != fingerprint(base)
+    with pytest.raises(CheckpointError, match="holds no safetensors"):
+        fingerprint(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: bitsandbytes.optim.AdamW32bit(p, lr=0.1),
+    ],
+)
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = make(model.parameters())
+    steps(model, optimizer, 3)
+    tensors, rest = optimizer_state(optimizer)
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    rest = json.loads(json.dumps(rest))
+    other = nn.Linear(4, 2)
+    other.load_state_dict(model.state_dict())
+    again = make(other.parameters())
+    load_optimizer_state(again, load_file(tmp_path / "optimizer.safetensors"), rest)
+    steps(model, optimizer, 3)
+    steps(other, again, 3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    with pytest.raises(CheckpointError, match="groups of"):
+        load_optimizer_state(make([nn.Parameter(torch.ones(1))]), tensors, rest)
+
+
+def test_all_dice_are_put_back(tmp_path):
+    random.gauss(0, 1)  # Python and NumPy keep the second number of a pair for later
+    np.random.normal()
+    save_file(random_state(), tmp_path / "dice")
+    expected = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
+    torch.rand(5), random.random(), np.random.rand(5)
+    set_random_state(load_file(tmp_path / "dice"))
+    found = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
+    assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+
+
+# Run folders: the adapter, its base, and what may have happened to them since
+
+
+@pytest.fixture(scope="module")
+def run(base, data, tmp_path_factory):
+    """A run folder, to be copied before it is harmed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return run_finetune(make_config(base, data, folder), progress=False)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    import shutil
+
+    return shutil.copytree(run.folder, tmp_path / "copied")
+
+
+def questions():
+    return [[row["messages"][0]] for row in make_rows(6)]
+
+
+def test_a_run_folder_answers_as_the_run_did(run, copied):
+    from qlora_edu.training import generate_answers
+
+    model, tokenizer = load_run(copied)
+    answers = generate_answers(model, tokenizer, questions(), 4)
+    assert answers == generate_answers(run.model, run.tokenizer, questions(), 4)
+    mine, theirs = (
+        {k: v for k, v in m.state_dict().items() if "lora" in k} for m in (model, run.model)
+    )
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_full_fine_tune_is_loaded_from_its_folder(config):
+    result = run_finetune(config.replace(method="full"), progress=False)
+    model, _ = load_run(result.folder)
+    theirs = result.model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "adapter_config.json", "config.yaml"]
+)
+@pytest.mark.parametrize("damage", ["missing", "cut", "bit flip"])
+def test_a_damaged_run_folder_is_refused_by_the_name_of_the_file(copied, file, damage):
+    harm(copied / file, damage)
+    with pytest.raises(DamagedFileError, match=file):
+        load_run(copied)
+
+
+def make_other(base, folder, change):
+    """The base with something changed, as a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if change == "one number":
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
+    else:
+        model.config.num_hidden_layers += 1 if change == "deeper" else -1
+        model.config.layer_types = None
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(model.config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["one number", "deeper", "shallower"])
+def test_an_adapter_on_another_base_is_refused(copied, base, tmp_path, change):
+    other = make_other(base, tmp_path / "other", change)
+    with pytest.raises(WrongBaseError, match="would load, and answer badly"):
+        load_run(copied, base=str(other))
+
+
+def test_a_base_that_has_moved_is_still_the_base(copied, base, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(base, tmp_path / "moved")
+    load_run(copied, base=str(moved))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [("deeper", "leaves out 7 layers"), ("shallower", "is not a")]
+)
+def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, change, says):
+    """Adapters from elsewhere have none. PEFT only warns of a deeper base."""
+    from transformers import AutoModelForCausalLM
+
+    other = make_other(base, tmp_path / "other", change)
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(AdapterMismatchError, match=says):
+        attach_adapter(model, copied)
+    assert [name for name, _ in model.named_parameters()] == names
+    if change == "deeper":  # said to be on purpose, it is laid on the two blocks that it is for
+        model = attach_adapter(model, copied, allow_partial=True)
+        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda t: {}, DamagedAdapterError, "empty"),
+        (lambda t: {k: v * float("nan") for k, v in t.items()}, DamagedAdapterError, "NaN"),
+        (
+            lambda t: {k: v * ("lora_B" not in k) for k, v in t.items()},
+            UntrainedAdapterError,
+            "B is zero",
+        ),
+    ],
+)
+def test_a_hollow_adapter_is_refused(copied, base, spoil, error, says):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_model.safetensors"
+    save_file(spoil(load_file(file)), file)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with pytest.raises(error, match=says):
+        attach_adapter(model, copied)
+    file.write_bytes(b"cut")
+    with pytest.raises(AdapterFileError, match="no adapter to be read"):
+        attach_adapter(model, copied)
