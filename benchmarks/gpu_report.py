@@ -292,7 +292,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def ids_for(plan: MemoryPlan, device: str) -> Tensor:
     """One batch of random tokens, the same at every call."""
-    shape, words = (plan.batch, plan.length), plan.config.vocab_size
+    shape, words = (plan.batch_size, plan.max_length), plan.config.vocab_size
     return torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -316,13 +316,13 @@ def steps(name: str, small: bool, device: str) -> Rows:
 
     model_name, lengths = (TINY, (32, 64)) if small else ("llama-7b", (512, 2048))
     settings = {"device": device, **METHODS[name]}
-    plans = [plan_memory(model_name, length=length, **settings) for length in lengths]
+    plans = [plan_memory(model_name, max_length=length, **settings) for length in lengths]
     free, total = free_and_total(device)
     room = min(free, total - RESERVE)
     common = {"model": plans[0].name, "method": name, "weights": LABEL, "optimizer": "adamw"}
     rows = []
     for plan in plans:
-        row = {**common, "batch": plan.batch, "length": plan.length, "settings": settings}
+        row = {**common, "batch": plan.batch_size, "length": plan.max_length, "settings": settings}
         row |= {"plan_bytes": plan.peak_bytes, "plan_moment": plan.peak_moment}
         if device == "cuda" and plan.peak_bytes > room:
             yield {**row, "fits": False, "room_bytes": room, "says": "does not fit"}
@@ -360,7 +360,7 @@ def steps(name: str, small: bool, device: str) -> Rows:
             "outside_bytes": outside(device) or None,
             "relative_error": relative_error(plan, allocated),
             "seconds_a_step": step_s,
-            "tokens_per_second": round(plan.batch * plan.length / step_s, 1),
+            "tokens_per_second": round(plan.batch_size * plan.max_length / step_s, 1),
             "losses": [round(loss, 4) for loss in losses],
             "build_seconds": built,
         }
@@ -479,7 +479,7 @@ RATE = 1e-4  # the paper's for 33B and 65B
 def choose_plan(model: Any, card_bytes: int, **settings: Any) -> MemoryPlan | None:
     """The plan with paged 32-bit states if it fits on the card, or else with bfloat16 states."""
     for optimizer in ("paged_adamw_32bit", "adamw"):
-        plan = plan_memory(model, "qlora", length=512, optimizer=optimizer, **settings)
+        plan = plan_memory(model, "qlora", max_length=512, optim=optimizer, **settings)
         if plan.peak_bytes + RESERVE <= card_bytes:
             return plan
     return None
@@ -500,9 +500,9 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     if plan is None:
         yield {**row, "fits": False, "says": "does not fit, by the plan"}
         return
-    plan = plan.at(length=16) if small else plan
-    row |= {"batch": plan.batch, "length": plan.length, "settings": settings}
-    row |= {"optimizer": plan.optimizer, "plan_bytes": plan.peak_bytes}
+    plan = plan.at(max_length=16) if small else plan
+    row |= {"batch": plan.batch_size, "length": plan.max_length, "settings": settings}
+    row |= {"optimizer": plan.optim, "plan_bytes": plan.peak_bytes}
     row |= {"plan_moment": plan.peak_moment, "learning_rate": RATE}
     free, total = free_and_total(device)
     others = outside(device)
@@ -522,7 +522,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     print(f"{model_name}, {stack}: built in {built} s", file=sys.stderr, flush=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     managed = plan.host_bytes
-    optimizer = headline_optimizer(plan.optimizer, trained)
+    optimizer = headline_optimizer(plan.optim, trained)
     ids, losses, times, tops = ids_for(plan, device), [], [], {"backward": [], "optimizer": []}
     start_counting(device)
     for number in range(3 if small else 12):
@@ -542,7 +542,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     check_finite(losses)
     row |= {
         "seconds_a_step": median(times[2:]),
-        "tokens_per_second": round(plan.batch * plan.length / median(times[2:]), 1),
+        "tokens_per_second": round(plan.batch_size * plan.max_length / median(times[2:]), 1),
         "losses": [round(loss, 4) for loss in losses],
         "falls": losses[-1] < losses[0],
         "build_seconds": built,

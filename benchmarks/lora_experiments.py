@@ -19,15 +19,15 @@ from stored import ROOT, stamp, store
 
 from qlora_edu.finetuning import FinetuneConfig, FinetuneResult, finetune
 
-START = {"method": "lora", "learning_rate": 3e-3, "r": 16, "alpha": 32.0}
+START = {"method": "lora", "learning_rate": 3e-3, "r": 16, "lora_alpha": 32.0}
 CHANGES = [
     ("as it is", {}),
-    *(("rank", {"r": r, "alpha": 2.0 * r}) for r in (1, 2, 4, 64)),
+    *(("rank", {"r": r, "lora_alpha": 2.0 * r}) for r in (1, 2, 4, 64)),
     *(
-        ("placement", {"target_modules": "q_proj,v_proj", "r": r, "alpha": 2.0 * r})
+        ("placement", {"target_modules": "q_proj,v_proj", "r": r, "lora_alpha": 2.0 * r})
         for r in (16, 64)
     ),
-    *(("alpha", {"alpha": alpha}) for alpha in (2.0, 256.0)),
+    *(("lora_alpha", {"lora_alpha": lora_alpha}) for lora_alpha in (2.0, 256.0)),
     *(("learning rate", {"learning_rate": rate}) for rate in (3e-4, 1e-2)),
 ]
 
@@ -52,7 +52,7 @@ def row(experiment: str, changes: dict) -> dict:
     result = run(**{**START, **changes})
     config, summary = result.config, result.summary()
     kept = ("exact_match_after", "held_out_loss_after", "trainable_parameters", "training_seconds")
-    names = ("target_modules", "r", "alpha", "learning_rate")
+    names = ("target_modules", "r", "lora_alpha", "learning_rate")
     settings = {name: getattr(config, name) for name in names}
     return {"experiment": experiment, **settings, **{name: summary[name] for name in kept}}
 

@@ -56,14 +56,14 @@ PHI3 = {**LLAMA, "vocab_size": 4000, "pad_token_id": 0, "bos_token_id": 0, "eos_
 HEADS = {**LLAMA, "head_dim": 32, "vocab_size": 4000}
 
 FLOAT32 = {"dtype": "float32", "r": 16}
-KEPT = {**FLOAT32, "checkpointing": False}
+KEPT = {**FLOAT32, "gradient_checkpointing": False}
 CASES: list[tuple[str, dict, str, int, int, dict]] = [
     *(("llama", LLAMA, m, 8, 128, KEPT) for m in ("full", "lora", "qlora", "houlsby")),
     *(("llama", LLAMA, m, 8, 128, FLOAT32) for m in ("full", "lora", "qlora", "houlsby")),
-    ("llama", LLAMA, "qlora", 8, 128, {**KEPT, "stack": "bitsandbytes"}),
-    ("llama", LLAMA, "qlora", 4, 300, {**FLOAT32, "stack": "bitsandbytes", "r": 64}),
+    ("llama", LLAMA, "qlora", 8, 128, {**KEPT, "backend": "bitsandbytes"}),
+    ("llama", LLAMA, "qlora", 4, 300, {**FLOAT32, "backend": "bitsandbytes", "r": 64}),
     ("llama", LLAMA, "qlora", 8, 128, {**KEPT, "padding": True}),
-    ("llama", LLAMA, "qlora", 8, 128, {**KEPT, "dropout": 0.1}),
+    ("llama", LLAMA, "qlora", 8, 128, {**KEPT, "lora_dropout": 0.1}),
     ("llama", LLAMA, "qlora", 4, 300, {"r": 16, "autocast": True}),
     ("llama", LLAMA, "full", 1, 16, KEPT),
     ("llama", LLAMA, "qlora", 1, 1500, KEPT),
@@ -79,7 +79,7 @@ CASES: list[tuple[str, dict, str, int, int, dict]] = [
         256,
         {"dtype": "bfloat16", "double_quant": False, "blocksize": 128},
     ),
-    ("llama", LLAMA, "lora", 8, 128, {**KEPT, "targets": ("q_proj", "v_proj"), "r": 4}),
+    ("llama", LLAMA, "lora", 8, 128, {**KEPT, "target_modules": ("q_proj", "v_proj"), "r": 4}),
     ("gpt2", GPT2, "full", 4, 200, KEPT),
     ("opt", OPT, "qlora", 2, 200, KEPT),
     ("gpt_neox", NEOX, "qlora", 2, 200, FLOAT32),
@@ -88,37 +88,44 @@ CASES: list[tuple[str, dict, str, int, int, dict]] = [
     ("phi3", PHI3, "lora", 2, 200, KEPT),
     ("gemma2", HEADS, "qlora", 2, 200, KEPT),
     ("gemma3_text", {**HEADS, "num_hidden_layers": 8}, "lora", 2, 200, KEPT),
-    ("mixtral", {**LLAMA, "num_local_experts": 4}, "lora", 2, 200, {"checkpointing": False}),
+    (
+        "mixtral",
+        {**LLAMA, "num_local_experts": 4},
+        "lora",
+        2,
+        200,
+        {"gradient_checkpointing": False},
+    ),
 ]
 
 
 def draw(count: int, seed: int = 0) -> list[tuple[str, dict, str, int, int, dict]]:
     """Steps that nobody chose."""
-    dice, cases = random.Random(seed), []
+    rng, cases = random.Random(seed), []
     for _ in range(count):
-        heads = dice.choice([4, 8])
+        heads = rng.choice([4, 8])
         shape = {
-            "hidden_size": 32 * heads * dice.choice([1, 2, 3]),
-            "intermediate_size": 64 * dice.randint(4, 24),
-            "num_hidden_layers": dice.randint(1, 14),
+            "hidden_size": 32 * heads * rng.choice([1, 2, 3]),
+            "intermediate_size": 64 * rng.randint(4, 24),
+            "num_hidden_layers": rng.randint(1, 14),
             "num_attention_heads": heads,
-            "num_key_value_heads": dice.choice([1, 2, 4]),
-            "vocab_size": dice.choice([500, 3000, 20000]),
-            "tie_word_embeddings": dice.random() < 0.5,
+            "num_key_value_heads": rng.choice([1, 2, 4]),
+            "vocab_size": rng.choice([500, 3000, 20000]),
+            "tie_word_embeddings": rng.random() < 0.5,
         }
         settings = {
-            "r": dice.choice([1, 8, 32, 128]),
-            "dtype": dice.choice(["float32", "bfloat16"]),
-            "dropout": dice.choice([0.0, 0.05]),
-            "checkpointing": dice.random() < 0.5,
-            "padding": dice.random() < 0.3,
-            "stack": dice.choice(["qlora_edu", "bitsandbytes"]),
-            "blocksize": dice.choice([64, 256]),
-            "double_quant": dice.random() < 0.5,
+            "r": rng.choice([1, 8, 32, 128]),
+            "dtype": rng.choice(["float32", "bfloat16"]),
+            "lora_dropout": rng.choice([0.0, 0.05]),
+            "gradient_checkpointing": rng.random() < 0.5,
+            "padding": rng.random() < 0.3,
+            "backend": rng.choice(["qlora_edu", "bitsandbytes"]),
+            "blocksize": rng.choice([64, 256]),
+            "double_quant": rng.random() < 0.5,
         }
-        kind = dice.choice(["llama", "qwen2", "qwen3", "mistral", "olmo2"])
-        method = dice.choice(["full", "lora", "qlora", "qlora", "houlsby"])
-        cases.append((kind, shape, method, dice.randint(1, 6), dice.randint(10, 700), settings))
+        kind = rng.choice(["llama", "qwen2", "qwen3", "mistral", "olmo2"])
+        method = rng.choice(["full", "lora", "qlora", "qlora", "houlsby"])
+        cases.append((kind, shape, method, rng.randint(1, 6), rng.randint(10, 700), settings))
     return cases
 
 
@@ -148,7 +155,9 @@ def small(case: tuple[str, dict, str, int, int, dict], held_out: bool) -> dict:
     """One row: what was predicted, what was measured."""
     kind, shape, method, batch, length, settings = case
     config = AutoConfig.for_model(kind, **shape)
-    plan = plan_memory(config, method, batch=batch, length=length, device="cpu", **settings)
+    plan = plan_memory(
+        config, method, batch_size=batch, max_length=length, device="cpu", **settings
+    )
     measured = measure(config, plan.settings, batch, length)
     error = plan.peak_bytes / measured - 1
     name = f"{kind} {shape.get('hidden_size', shape.get('n_embd'))}"
@@ -170,7 +179,7 @@ def small(case: tuple[str, dict, str, int, int, dict], held_out: bool) -> dict:
 
 def big(name: str, method: str, batch: int, length: int, **settings: Any) -> dict:
     """One row: forward and backward of the whole model without memory, and every block heard."""
-    plan = plan_memory(name, method, batch=batch, length=length, optimizer="sgd", **settings)
+    plan = plan_memory(name, method, batch_size=batch, max_length=length, optim="sgd", **settings)
     started = time.perf_counter()
     with without_memory(plan.settings):
         model = build_model(plan.config, plan.settings, fake=True)
@@ -190,7 +199,7 @@ def big(name: str, method: str, batch: int, length: int, **settings: Any) -> dic
             by_mem_tracker = sum(s["Total"] for s in tracker.get_tracker_snapshot("peak").values())
     error = plan.peak_bytes / peak - 1
     print(
-        f"{name:<12}{method:<8}{plan.settings.stack:<14}{batch} x {length:<6}"
+        f"{name:<12}{method:<8}{plan.settings.backend:<14}{batch} x {length:<6}"
         f"{peak / 2**30:8.2f} GiB {error:+8.2%}{time.perf_counter() - started:8.0f} s",
         *([f"MemTracker {by_mem_tracker / 2**30:.2f} GiB"] if by_mem_tracker else []),
         flush=True,
@@ -214,12 +223,12 @@ def main() -> None:
     report = stamp(["transformers", "bitsandbytes", "peft"])
     report["rows"] = [small(case, held_out=False) for case in CASES]
     report["rows"] += [small(case, held_out=True) for case in draw(16)]
-    theirs = {"stack": "bitsandbytes", "adapter_dtype": "bfloat16"}
+    theirs = {"backend": "bitsandbytes", "adapter_dtype": "bfloat16"}
     report["big"] = [
         big("llama-7b", "full", 1, 512),
         big("llama-7b", "lora", 4, 512),
         big("llama-7b", "qlora", 1, 512),
-        big("llama-7b", "qlora", 1, 512, checkpointing=False),
+        big("llama-7b", "qlora", 1, 512, gradient_checkpointing=False),
         big("llama-7b", "qlora", 4, 2048, **theirs),
         big("llama-3-8b", "qlora", 1, 2048, **theirs),
         big("llama-13b", "qlora", 1, 512, **theirs),

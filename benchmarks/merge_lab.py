@@ -55,7 +55,7 @@ def exact(model: nn.Module, tokenizer, rows: list) -> float:
 def measure(name: str, tensors: dict, fraction: float, base, tokenizer, rows: list) -> dict:
     """One adapter at a fraction of its size: unmerged, and merged in the three ways."""
     model = copy.deepcopy(base)
-    replace_linear_layers(model, CONFIG.r, CONFIG.alpha)
+    replace_linear_layers(model, CONFIG.r, CONFIG.lora_alpha)
     own = adapter_tensors(model)
     for key, tensor in own.items():
         tensor.copy_(tensors[key] * (fraction if "lora_B" in key else 1.0))

@@ -37,7 +37,7 @@ def make_models(width: int) -> tuple[nn.Module, nn.Module]:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     ours = LlamaForCausalLM(LlamaConfig(vocab_size=768, tie_word_embeddings=True, **shape, **heads))
     theirs = copy.deepcopy(ours)
-    replace_linear_layers(ours, r=RANK, alpha=2 * RANK)
+    replace_linear_layers(ours, r=RANK, lora_alpha=2 * RANK)
     for name, linear in list(theirs.named_modules()):
         if type(linear) is nn.Linear and name != "lm_head":
             layer = Linear4bit(

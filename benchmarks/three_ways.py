@@ -112,7 +112,7 @@ def run(spec: dict, device: str = "cpu") -> dict:
         model,
         batches,
         spec["rate"],
-        schedule="cosine",
+        lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
         total_steps=STEPS,
         max_grad_norm=1.0,

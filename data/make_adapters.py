@@ -56,7 +56,7 @@ def main() -> None:
     """Train all four."""
     argparse.ArgumentParser(description="Train the stored adapters.").parse_args()
     for family in FAMILIES:
-        make(family, family, r=8, alpha=16.0, max_steps=600 if family == "record" else 250)
+        make(family, family, r=8, lora_alpha=16.0, max_steps=600 if family == "record" else 250)
     make("all", None)
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALayer, LoRALinear
+from qlora_edu.errors import LoRAError
+from qlora_edu.lora import HoulsbyAdapter, LoRALayer, LoRALinear
 
 PEFT_PREFIX = "base_model.model."
 BIASES = ("none", "lora_only", "all")
@@ -46,7 +47,7 @@ class UntrainedAdapterError(LoRAError):
 
 
 def find_linear_layers(
-    model: nn.Module, targets: str | Sequence[str] = "all-linear", skip: Sequence[str] = ()
+    model: nn.Module, target_modules: str | Sequence[str] = "all-linear", skip: Sequence[str] = ()
 ) -> list[str]:
     """Names of the ``nn.Linear`` layers to adapt: all, or those whose name ends in a target.
 
@@ -59,8 +60,8 @@ def find_linear_layers(
     ['0']
     """
     named = {name: module for name, module in model.named_modules() if name}
-    if targets != "all-linear":
-        wanted = [targets] if isinstance(targets, str) else list(targets)
+    if target_modules != "all-linear":
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         found = [name for name in named if any(_ends_in(name, target) for target in wanted)]
         lost = [target for target in wanted if not any(_ends_in(name, target) for name in found)]
         if lost or not found:
@@ -89,32 +90,32 @@ def find_linear_layers(
 def add_lora(
     model: nn.Module,
     r: int,
-    alpha: float,
+    lora_alpha: float,
     *,
-    targets: str | Sequence[str] = "all-linear",
-    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    lora_dropout: float = 0.0,
     bias: str = "none",
     init: str = "kaiming",
 ) -> list[str]:
     """Freeze ``model`` and wrap its linear layers in ``LoRALinear``, in place; returns their names.
 
-    ``targets`` is as for ``find_linear_layers``. ``bias`` says which biases are trained besides:
-    "none", those of the wrapped layers ("lora_only") or "all"; a trained bias is part of the
-    adapter, and changes the base.
+    ``target_modules`` is as for ``find_linear_layers``. ``bias`` says which biases are trained
+    besides: "none", those of the wrapped layers ("lora_only") or "all"; a trained bias is part of
+    the adapter, and changes the base.
 
     Raises:
         LoRAError: see ``find_linear_layers`` and ``LoRALayer``, or an unknown ``bias``.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> add_lora(model, r=2, alpha=4, targets=["2"])
+    >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
     ['2']
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['2.lora_A', '2.lora_B']
     """
     if bias not in BIASES:
         raise LoRAError(f"bias must be one of {BIASES}, not {bias!r}")
-    names = find_linear_layers(model, targets)
-    layers = [LoRALinear(model.get_submodule(n), r, alpha, dropout, init) for n in names]
+    names = find_linear_layers(model, target_modules)
+    layers = [LoRALinear(model.get_submodule(n), r, lora_alpha, lora_dropout, init) for n in names]
     model.requires_grad_(False)
     for name, layer in zip(names, layers, strict=True):
         replace_module(model, name, layer)
@@ -129,23 +130,23 @@ def add_lora(
 
 
 def add_houlsby(
-    model: nn.Module, bottleneck: int, targets: str | Sequence[str] = ("o_proj", "down_proj")
+    model: nn.Module, bottleneck: int, target_modules: str | Sequence[str] = ("o_proj", "down_proj")
 ) -> list[str]:
     """Freeze ``model`` and put a ``HoulsbyAdapter`` behind the layers named; returns their names.
 
-    ``targets`` is as for ``find_linear_layers`` and should name the last layer of each block's
-    attention and of its feed-forward part, as the default does for Llama and its kin.
+    ``target_modules`` is as for ``find_linear_layers`` and should name the last layer of each
+    block's attention and of its feed-forward part, as the default does for Llama and its kin.
 
     Raises:
         LoRAError: see ``find_linear_layers`` and ``HoulsbyAdapter``.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> add_houlsby(model, bottleneck=4, targets=["2"])
+    >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
     ['2']
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
     22
     """
-    names = find_linear_layers(model, targets)
+    names = find_linear_layers(model, target_modules)
     layers = [HoulsbyAdapter(model.get_submodule(name), bottleneck) for name in names]
     model.requires_grad_(False)
     for name, layer in zip(names, layers, strict=True):
@@ -170,7 +171,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter of ``model``, trained biases included, under PEFT's names; nothing is copied.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = add_lora(model, r=2, alpha=4)
+    >>> _ = add_lora(model, r=2, lora_alpha=4)
     >>> {name: tuple(tensor.shape) for name, tensor in adapter_tensors(model).items()}
     {'base_model.model.0.lora_A.weight': (2, 8), 'base_model.model.0.lora_B.weight': (8, 2)}
     """
@@ -253,7 +254,7 @@ def remove_lora(model: nn.Module) -> None:
     """Put the plain ``nn.Linear`` back in the place of every ``LoRALinear``; the adapter is lost.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = add_lora(model, r=2, alpha=4)
+    >>> _ = add_lora(model, r=2, lora_alpha=4)
     >>> remove_lora(model)
     >>> model
     Sequential(

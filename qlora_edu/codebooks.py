@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_edu.errors import QuantizationError
+
 LEVELS = ("nf4", "fp4", "int4", "fp4-e2m1", "fp4-e3m0", "af4")
-
-
-class QuantizationError(ValueError):
-    """The base of every error that quantisation raises."""
 
 
 class UnknownLevelsError(QuantizationError):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_edu.training import TrainingError
+from qlora_edu.errors import TrainingError
 
 
 class Interval(NamedTuple):

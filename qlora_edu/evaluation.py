@@ -18,16 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_edu.comparison import Interval
+from qlora_edu.errors import EvaluationError
 
 Row = Mapping[str, Any]
 """``{"prompt": str, "answers": {system: str}}``, and maybe ``"wanted"``, the right answer."""
 
 Judge = Callable[[Row, str, str], float]
 """``judge(row, first, second)``: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
-
-
-class EvaluationError(ValueError):
-    """The answers, a verdict or the games cannot be used; the message says which and why."""
 
 
 class Game(NamedTuple):
@@ -200,11 +197,11 @@ def elo_over_orders(
     first = np.array([index[game.first] for game in games])
     second = np.array([index[game.second] for game in games])
     score = np.array([game.score for game in games])
-    dice, ratings = np.random.default_rng(seed), np.full((orders, len(systems)), float(start))
+    rng, ratings = np.random.default_rng(seed), np.full((orders, len(systems)), float(start))
     for at in range(0, orders, 1000):  # all orders together would take a gigabyte
         some = ratings[at : at + 1000]
         each, all_games = np.arange(len(some)), np.arange(len(games), dtype=np.int32)
-        order = dice.permuted(np.tile(all_games, (len(some), 1)), axis=1)
+        order = rng.permuted(np.tile(all_games, (len(some), 1)), axis=1)
         for game in order.T:  # the n-th game of every order at once
             a, b = first[game], second[game]
             surprise = score[game] - expected_score(some[each, a], some[each, b])

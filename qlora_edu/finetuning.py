@@ -28,40 +28,31 @@ from typing import Any
 import torch
 
 from qlora_edu.compat import quiet
-from qlora_edu.files.atomic import whole_or_absent
-from qlora_edu.memory import GIB, DoesNotFitError, MemoryPlan, check_lengths, plan_memory
-from qlora_edu.production.checkpoints import (
+from qlora_edu.errors import (
     CheckpointError,
-    WrongBaseError,
-    fingerprint,
-    latest_checkpoint,
-)
-from qlora_edu.production.config import PRESETS, ConfigError, FinetuneConfig
-from qlora_edu.production.loading import (
+    ConfigError,
+    DataError,
+    DoesNotFitError,
     ModelUnavailableError,
-    check_one_dtype,
-    fsdp,
-    load_base,
-    locate,
+    RunExistsError,
+    TrainingError,
 )
+from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.memory import GIB, MemoryPlan, check_lengths, plan_memory
+from qlora_edu.production.checkpoints import WrongBaseError, fingerprint, latest_checkpoint
+from qlora_edu.production.config import PRESETS, FinetuneConfig
+from qlora_edu.production.loading import check_one_dtype, fsdp, load_base, locate
 from qlora_edu.production.run_folder import (
     STACK,
     FinetuneResult,
     Measured,
-    RunExistsError,
     checkpoints_of,
-    free_folder,
+    choose_output_dir,
     write_run,
 )
-from qlora_edu.text.conversations import (
-    Conversation,
-    DataError,
-    encode_conversations,
-    read_conversations,
-)
+from qlora_edu.text.conversations import Conversation, encode_conversations, read_conversations
 from qlora_edu.training import (
     Batch,
-    TrainingError,
     collate,
     completion_loss,
     exact_match,
@@ -89,15 +80,15 @@ def adapter_config(config: FinetuneConfig) -> Any:
 
     if config.method == "full":
         return None
-    targets = config.target_modules
+    target_modules = config.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets
-        if targets == "all-linear"
-        else [name.strip() for name in targets.split(",")],
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=target_modules
+        if target_modules == "all-linear"
+        else [name.strip() for name in target_modules.split(",")],
         init_lora_weights=True,
         use_rslora=False,
         bias="none",
@@ -109,17 +100,17 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
     from trl import SFTConfig
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.gradient_accumulation % processes:
+    if config.gradient_accumulation_steps % processes:
         raise ConfigError(
-            f"gradient_accumulation={config.gradient_accumulation} cannot be shared by {processes} "
-            "processes; choose a multiple"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by "
+            f"{processes} processes; choose a multiple"
         )
     if fsdp() and (config.save_steps or not torch.cuda.is_available()):
         raise ConfigError(
             "FSDP needs CUDA (on a CPU the trainer would pass over it in silence), and this course "
             "writes no checkpoints of a base in shares: set save_steps=0"
         )
-    cuda, optimizer = torch.cuda.is_available(), config.optimizer
+    cuda, optimizer = torch.cuda.is_available(), config.optim
     if optimizer.startswith("paged") and not cuda:
         print("optimizer: plain AdamW, not paged; there is no CUDA device to page its states from")
         optimizer = "adamw_torch"
@@ -127,13 +118,13 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         output_dir=str(folder),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation // processes,
+        gradient_accumulation_steps=config.gradient_accumulation_steps // processes,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule,
+        lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
         optim=optimizer,
         adam_beta1=0.9,
-        adam_beta2=config.beta2,
+        adam_beta2=config.adam_beta2,
         adam_epsilon=1e-8,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -180,25 +171,27 @@ def plan_run(config: FinetuneConfig, model: Any = None, length: int | None = Non
     source = locate(config.model)
     if model is None:
         model = source if Path(source).is_dir() else AutoConfig.from_pretrained(source)
-    targets = config.target_modules
+    target_modules = config.target_modules
     bfloat16 = config.compute_dtype == "bfloat16"
     return plan_memory(
         model,
         config.method,
-        batch=config.batch_size,
-        length=length or config.max_length,
-        optimizer=config.optimizer.replace("adamw_torch", "adamw"),
+        batch_size=config.batch_size,
+        max_length=length or config.max_length,
+        optim=config.optim.replace("adamw_torch", "adamw"),
         r=config.r,
-        targets=targets if targets == "all-linear" else tuple(targets.split(",")),
-        dropout=config.dropout,
+        target_modules=target_modules
+        if target_modules == "all-linear"
+        else tuple(target_modules.split(",")),
+        lora_dropout=config.lora_dropout,
         dtype="float32" if config.method == "full" else config.compute_dtype,
         adapter_dtype=config.adapter_dtype,
-        levels=config.levels,
+        quant_type=config.quant_type,
         double_quant=config.double_quant,
-        checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing,
         autocast=bfloat16,
         padding=config.batch_size > 1,
-        stack="bitsandbytes" if config.method == "qlora" else "qlora_edu",
+        backend="bitsandbytes" if config.method == "qlora" else "qlora_edu",
     )
 
 
@@ -224,7 +217,7 @@ def expected_minutes(
     passes = 2 + config.gradient_checkpointing + (config.method == "full")
     operations = 2 * weights * passes * config.batch_size * config.max_length
     seconds = max(operations / (share * tflops * 1e12), blocks * SECONDS_A_BLOCK)
-    return config.max_steps * config.gradient_accumulation * seconds / 60
+    return config.max_steps * config.gradient_accumulation_steps * seconds / 60
 
 
 def guard_memory(
@@ -259,8 +252,8 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
         rows, length = batch["input_ids"].shape
         raise DoesNotFitError(
             f"before step 1: {rows} rows of {length} tokens, the longest batch that may come, do "
-            "not fit in memory. Lower batch_size (and raise gradient_accumulation by as much), or "
-            "max_length, or set gradient_checkpointing=true"
+            "not fit in memory. Lower batch_size (and raise gradient_accumulation_steps by as "
+            "much), or max_length, or set gradient_checkpointing=true"
         ) from error
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     numbered = [match[0] for name, _ in trainable if (match := re.match(r".*?\.\d+\.", name))]
@@ -302,9 +295,9 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
 
 
 def _finetune(config: FinetuneConfig, progress: bool, resume: bool, writes: bool) -> FinetuneResult:
-    from qlora_edu.production.callback import Watch
+    from qlora_edu.production.callback import FinetuneCallback
 
-    folder = free_folder(config, resume)
+    folder = choose_output_dir(config, resume)
     saved = checkpoints_of(folder)
     if resume and writes:  # what a killed process had half-written
         for part in folder.parent.glob(f".{folder.name}.part-*"):
@@ -325,7 +318,7 @@ def _finetune(config: FinetuneConfig, progress: bool, resume: bool, writes: bool
             print(f"no checkpoint in {saved} yet: the run starts from its beginning")
         trainer = make_trainer(config, model, tokenizer, rows, part)
         longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[: config.batch_size]
-        watch = Watch(
+        watch = FinetuneCallback(
             config,
             tokenizer,
             held_out,
@@ -442,7 +435,7 @@ def make_trainer(
 
     The trainer reads the rows one after the other in the order that ``row_order`` settles.
     """
-    rows_a_step = config.batch_size * config.gradient_accumulation
+    rows_a_step = config.batch_size * config.gradient_accumulation_steps
     lengths = [len(row["input_ids"]) for row in rows] if config.group_by_length else None
     wanted = rows_a_step * config.max_steps
     order = row_order(len(rows), wanted, config.seed, lengths, rows_a_step)

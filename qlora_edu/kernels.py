@@ -21,7 +21,8 @@ from qlora_edu.blockwise import (
     pack_nibbles,
     unpack_nibbles,
 )
-from qlora_edu.codebooks import QuantizationError, assign
+from qlora_edu.codebooks import assign
+from qlora_edu.errors import QuantizationError
 
 PIECE = 2**18
 """Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""

@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class LoRAError(ValueError):
-    """An adapter was asked for, loaded or merged in a way that cannot work."""
+from qlora_edu.errors import LoRAError
 
 
 def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -63,8 +61,8 @@ class LoRALayer(nn.Module):
         in_features: int,
         out_features: int,
         r: int,
-        alpha: float,
-        dropout: float = 0.0,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
         init: str = "kaiming",
         *,
         device: torch.device | None = None,
@@ -73,18 +71,20 @@ class LoRALayer(nn.Module):
         super().__init__()
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
-        if not 0 < alpha < math.inf:
+        if not 0 < lora_alpha < math.inf:
             raise LoRAError(
-                f"alpha must be positive and finite, not {alpha!r}; alpha = r scales by 1"
+                f"alpha must be positive and finite, not {lora_alpha!r}; alpha = r scales by 1"
             )
-        if not 0 <= dropout < 1:
-            raise LoRAError(f"dropout is a probability in [0, 1), not {dropout!r}; 0 turns it off")
+        if not 0 <= lora_dropout < 1:
+            raise LoRAError(
+                f"dropout is a probability in [0, 1), not {lora_dropout!r}; 0 turns it off"
+            )
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f"unknown init {init!r}; choose 'kaiming' or 'gaussian'")
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.alpha, self.init = r, alpha, init
-        self.scaling = alpha / r
-        self.dropout = nn.Dropout(dropout)
+        self.r, self.lora_alpha, self.init = r, lora_alpha, init
+        self.scaling = lora_alpha / r
+        self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
         self.reset_parameters()
@@ -103,7 +103,7 @@ class LoRALayer(nn.Module):
         The two thin products are taken one after the other; ``ΔW`` is never formed. The scaling
         acts between them, where a token has only ``r`` numbers.
         """
-        x = self.dropout(x.to(self.lora_A.dtype))
+        x = self.lora_dropout(x.to(self.lora_A.dtype))
         return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
     def delta_weight(self) -> Tensor:
@@ -125,7 +125,7 @@ class LoRALayer(nn.Module):
         """Shapes and settings, shown when the layer is printed."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"r={self.r}, alpha={self.alpha}"
+            f"r={self.r}, lora_alpha={self.lora_alpha}"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -159,7 +159,7 @@ class LoRALinear(LoRALayer):
         LoRAError: if ``base`` is not a plain ``nn.Linear``; see also ``LoRALayer``.
 
     >>> base = nn.Linear(4, 3, bias=False)
-    >>> layer = LoRALinear(base, r=2, alpha=4)
+    >>> layer = LoRALinear(base, r=2, lora_alpha=4)
     >>> layer.scaling, tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)
     (2.0, (2, 4), (3, 2))
     >>> x = torch.ones(5, 4)
@@ -170,7 +170,12 @@ class LoRALinear(LoRALayer):
     """
 
     def __init__(
-        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, init: str = "kaiming"
+        self,
+        base: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        init: str = "kaiming",
     ) -> None:
         # A subclass may hold its weight in another form (bitsandbytes' Linear4bit packs it).
         if type(base) is not nn.Linear:
@@ -182,8 +187,8 @@ class LoRALinear(LoRALayer):
             base.in_features,
             base.out_features,
             r,
-            alpha,
-            dropout,
+            lora_alpha,
+            lora_dropout,
             init,
             device=base.weight.device,
             dtype=torch.promote_types(base.weight.dtype, torch.float32),

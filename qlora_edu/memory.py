@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_edu.planner.fake_step import KINDS, ROWS, PlanError, Rehearsal, StepSettings, rehearse
+from qlora_edu.errors import DoesNotFitError, PlanError
+from qlora_edu.planner.fake_step import KINDS, ROWS, Rehearsal, StepSettings, rehearse
 
 GIB = 2**30
 RESERVE = GIB
@@ -70,15 +71,11 @@ MODELS: dict[str, dict[str, Any]] = {
 """Shapes that the literature speaks of; any other model comes as a configuration."""
 
 
-class DoesNotFitError(MemoryError):
-    """A step would need more memory than there is."""
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """The ledger of one training step, in bytes; ``plan_memory`` makes it.
 
-    >>> plan = plan_memory("llama-7b", "qlora", length=512)
+    >>> plan = plan_memory("llama-7b", "qlora", max_length=512)
     >>> print(plan.sentence(24))  # doctest: +ELLIPSIS
     llama-7b, qlora: fits on a 24 GB card with ... GiB to spare; longest sequence ...
     """
@@ -86,22 +83,22 @@ class MemoryPlan:
     name: str
     config: Any
     settings: StepSettings
-    batch: int
-    length: int
-    optimizer: str
+    batch_size: int
+    max_length: int
+    optim: str
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length"):
+        for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise PlanError(f"optimizer must be one of {OPTIMIZERS}, not {self.optimizer!r}")
+        if self.optim not in OPTIMIZERS:
+            raise PlanError(f"optimizer must be one of {OPTIMIZERS}, not {self.optim!r}")
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
         """What the step was heard to do."""
-        return rehearse(self.config, self.settings, self.batch, self.length)
+        return rehearse(self.config, self.settings, self.batch_size, self.max_length)
 
     @cached_property
     def held(self) -> dict[str, int]:
@@ -111,15 +108,15 @@ class MemoryPlan:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of all optimizer states, wherever they are."""
-        return sum(_state_bytes(n, nbytes, self.optimizer) for n, nbytes in self.rehearsal.trained)
+        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in self.rehearsal.trained)
 
     @cached_property
     def host_bytes(self) -> int:
         """Bytes of optimizer states that a paged optimizer can push out to the host."""
-        if not self.optimizer.startswith("paged"):
+        if not self.optim.startswith("paged"):
             return 0
         large = [(n, nbytes) for n, nbytes in self.rehearsal.trained if n >= NEVER_PAGED]
-        return sum(_state_bytes(n, nbytes, self.optimizer) for n, nbytes in large)
+        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in large)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -130,17 +127,17 @@ class MemoryPlan:
     def activation_bytes(self) -> int:
         """Bytes of activations that wait for the backward pass when the last block is through."""
         head = self.rehearsal.marks["head"]
-        return round(self.rehearsal.live(self.batch, self.length)[head - 1].sum())
+        return round(self.rehearsal.live(self.batch_size, self.max_length)[head - 1].sum())
 
     @cached_property
     def without_checkpointing(self) -> Self:
         """The same step with every activation kept."""
-        return replace(self, settings=replace(self.settings, checkpointing=False))
+        return replace(self, settings=replace(self.settings, gradient_checkpointing=False))
 
     @cached_property
     def moments(self) -> dict[str, dict[str, int]]:
         """For each part of the step the rows of the ledger at its worst event."""
-        live, marks = self.rehearsal.live(self.batch, self.length), self.rehearsal.marks
+        live, marks = self.rehearsal.live(self.batch_size, self.max_length), self.rehearsal.marks
         head, turn = marks["head"], marks[f"back to {self.rehearsal.blocks}"]
         parts = {
             "forward": live[:head],
@@ -164,7 +161,7 @@ class MemoryPlan:
         # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
         # one on a CPU, those of all parameters at a time on CUDA. Fused kernels need none.
         sizes = [nbytes for _, nbytes in self.rehearsal.trained]
-        if self.optimizer != "adamw":
+        if self.optim != "adamw":
             return 0
         return sum(sizes) if self.settings.device == "cuda" else 2 * max(sizes)
 
@@ -192,7 +189,7 @@ class MemoryPlan:
         low, high = 0, 2**24
         while high - low > 1:
             middle = (low + high) // 2
-            if self.at(length=middle).peak_bytes <= card_gib * GIB - reserve:
+            if self.at(max_length=middle).peak_bytes <= card_gib * GIB - reserve:
                 low = middle
             else:
                 high = middle
@@ -222,7 +219,7 @@ class MemoryPlan:
         ]
         sums = "".join(f"{sum(m.values()) / GIB:>17.3f}" for m in moments.values())
         notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
-        if self.settings.checkpointing:
+        if self.settings.gradient_checkpointing:
             kept = self.without_checkpointing
             notes.append(
                 f"activations when the loss begins: {self.activation_bytes / GIB:.3f} GiB; without "
@@ -237,9 +234,9 @@ def plan_memory(
     model: Any,
     method: str = "qlora",
     *,
-    batch: int = 1,
-    length: int = 512,
-    optimizer: str = "adamw",
+    batch_size: int = 1,
+    max_length: int = 512,
+    optim: str = "adamw",
     **settings: Any,
 ) -> MemoryPlan:
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
@@ -248,8 +245,8 @@ def plan_memory(
         model: a name in ``MODELS``, a folder with a ``config.json``, a Hugging Face configuration
             of any causal language model, or such a model.
         method: "full", "lora", "qlora" or "houlsby".
-        batch, length: rows of a step, and tokens of each.
-        optimizer: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others
+        batch_size, max_length: rows of a step, and tokens of each.
+        optim: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others
             are bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can
             push out to the host counts on the device only in the optimizer step.
         settings: fields of ``StepSettings``: rank, targets, dtypes, checkpointing and so on.
@@ -267,11 +264,11 @@ def plan_memory(
     for name in settings:
         if name not in names:
             raise PlanError(f"no setting {name!r}; there are {', '.join(names)}")
-    if isinstance(settings.get("targets"), list):
-        settings["targets"] = tuple(settings["targets"])
+    if isinstance(settings.get("target_modules"), list):
+        settings["target_modules"] = tuple(settings["target_modules"])
     name, config = configuration(model)
     step = StepSettings(method=method, **settings)
-    plan = MemoryPlan(name, config, step, batch, length, optimizer)
+    plan = MemoryPlan(name, config, step, batch_size, max_length, optim)
     _ = plan.rehearsal  # what is wrong with the model is said now
     return plan
 
@@ -327,7 +324,7 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
     Raises:
         DoesNotFitError: naming the rows, their lengths, and what to do.
 
-    >>> plan = plan_memory("llama-7b", "qlora", batch=4)
+    >>> plan = plan_memory("llama-7b", "qlora", batch_size=4)
     >>> check_lengths(plan, [512, 600, 200000], card_gib=24)  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     qlora_edu.memory.DoesNotFitError: 1 of 3 rows is too long for a 24 GB card at batch 4: ...
@@ -338,14 +335,14 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
         named = ", ".join(f"row {row} with {length:,} tokens" for row, length in over[:5])
         more = f" and {len(over) - 5} more" if len(over) > 5 else ""
         room = [
-            *(["with a smaller batch"] if plan.batch > 1 else []),
-            *([] if plan.settings.checkpointing else ["with checkpointing=True"]),
+            *(["with a smaller batch"] if plan.batch_size > 1 else []),
+            *([] if plan.settings.gradient_checkpointing else ["with gradient_checkpointing=True"]),
         ]
         make_room = f", or make room {' or '.join(room)}" if room else ""
         raise DoesNotFitError(
             f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
-            f"a {card_gib:g} GB card at batch {plan.batch}: {named}{more}. At most {longest:,} "
-            f"tokens fit: cut or drop these rows{make_room}"
+            f"a {card_gib:g} GB card at batch {plan.batch_size}: {named}{more}. At most "
+            f"{longest:,} tokens fit: cut or drop these rows{make_room}"
         )
     return longest
 
@@ -355,7 +352,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        ctx.block, ctx.dice = block, torch.get_rng_state()
+        ctx.block, ctx.rng_state = block, torch.get_rng_state()
         ctx.save_for_backward(x)
         return block(x)  # inside a Function nothing is recorded
 
@@ -364,7 +361,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None]:
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.dice)  # dropout must fall as it fell before
+            torch.set_rng_state(ctx.rng_state)  # dropout must fall as it fell before
             y = ctx.block(x)
         torch.autograd.backward(y, grad_y)
         return None, x.grad
@@ -394,12 +391,14 @@ def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: ``plan llama-7b --card 24 --method qlora batch=4 r=64``."""
+    """The command line: ``plan llama-7b --card 24 --method qlora batch_size=4 r=64``."""
     import yaml
 
     parser = argparse.ArgumentParser(prog="qlora_edu plan", description="Will it fit?")
     parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
-    parser.add_argument("settings", nargs="*", metavar="name=value", help="batch, length, r, ...")
+    parser.add_argument(
+        "settings", nargs="*", metavar="name=value", help="batch_size, max_length, r, ..."
+    )
     parser.add_argument("--method", default="qlora", help="full, lora, qlora or houlsby")
     parser.add_argument("--card", type=float, default=24, metavar="GB", help="the card's memory")
     arguments = parser.parse_intermixed_args(argv)
@@ -410,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PlanError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{plan.name}, {plan.settings.method}: batch {plan.batch} of {plan.length:,} tokens")
+    size = f"batch {plan.batch_size} of {plan.max_length:,} tokens"
+    print(f"{plan.name}, {plan.settings.method}: {size}")
     print(plan.table())
     print(plan.sentence(arguments.card))
     return 0
@@ -451,11 +451,11 @@ def llama_parameters(size: str) -> tuple[int, int]:
     return linear, 2 * LLAMA_VOCABULARY * hidden + norms
 
 
-def adapter_parameters(size: str, rank: int) -> int:
+def adapter_parameters(size: str, r: int) -> int:
     """Trained parameters when every linear layer of a LLaMA has an adapter: r × (in + out) each.
 
     >>> adapter_parameters("7B", 64)
     159907840
     """
     hidden, layers, inner = LLAMA_SHAPES[size]
-    return layers * rank * (4 * (hidden + hidden) + 3 * (hidden + inner))
+    return layers * r * (4 * (hidden + hidden) + 3 * (hidden + inner))

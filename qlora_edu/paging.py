@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_edu.files.host_tier import PagingError, _reserve_rows, _StreamCopier, _ThreadCopier
+from qlora_edu.errors import PagingError
+from qlora_edu.files.host_tier import _reserve_rows, _StreamCopier, _ThreadCopier
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BITSANDBYTES_THRESHOLD = 100_000

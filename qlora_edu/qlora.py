@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from qlora_edu.adapters import find_linear_layers, replace_module
 from qlora_edu.double_quant import QuantizedAbsmax
-from qlora_edu.lora import LoRAError, LoRALayer
+from qlora_edu.errors import LoRAError
+from qlora_edu.lora import LoRALayer
 from qlora_edu.quantized import QuantizedTensor, quantize
 
 
@@ -152,7 +153,7 @@ class QLoRALinear(LoRALayer):
         LoRAError: if ``weight`` is not a two-dimensional ``QuantizedTensor``, ``bias`` does not fit
             it or ``compute_dtype`` is not a floating dtype; see also ``LoRALayer``.
 
-    >>> layer = QLoRALinear.from_linear(nn.Linear(128, 64), r=4, alpha=8)
+    >>> layer = QLoRALinear.from_linear(nn.Linear(128, 64), r=4, lora_alpha=8)
     >>> layer.packed.nbytes  # 64 · 128 weights, two in a byte
     4096
     >>> [name for name, p in layer.named_parameters() if p.requires_grad]
@@ -166,8 +167,8 @@ class QLoRALinear(LoRALayer):
         weight: QuantizedTensor,
         bias: Tensor | None,
         r: int,
-        alpha: float,
-        dropout: float = 0.0,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         init: str = "kaiming",
     ) -> None:
@@ -182,7 +183,9 @@ class QLoRALinear(LoRALayer):
             raise LoRAError(f"bias must have shape ({out_features},), not {tuple(bias.shape)}")
         if compute_dtype is not None and not compute_dtype.is_floating_point:
             raise LoRAError(f"compute_dtype must be a floating-point dtype, not {compute_dtype}")
-        super().__init__(in_features, out_features, r, alpha, dropout, init, device=weight.device)
+        super().__init__(
+            in_features, out_features, r, lora_alpha, lora_dropout, init, device=weight.device
+        )
         self.compute_dtype = compute_dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._names: list[str] = []
@@ -193,8 +196,8 @@ class QLoRALinear(LoRALayer):
         cls,
         linear: nn.Linear,
         r: int,
-        alpha: float,
-        dropout: float = 0.0,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
         compute_dtype: torch.dtype | None = None,
         init: str = "kaiming",
         *,
@@ -215,7 +218,7 @@ class QLoRALinear(LoRALayer):
             )
         weight = quantize(linear.weight.detach(), levels, blocksize, double_quant)
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(weight, bias, r, alpha, dropout, compute_dtype, init)
+        return cls(weight, bias, r, lora_alpha, lora_dropout, compute_dtype, init)
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -236,7 +239,7 @@ class QLoRALinear(LoRALayer):
 
     def _sees_one_input(self, x: Tensor) -> bool:
         """Whether base and adapter multiply the very same numbers, without dropout or rounding."""
-        if (self.training and self.dropout.p) or torch.is_autocast_enabled(x.device.type):
+        if (self.training and self.lora_dropout.p) or torch.is_autocast_enabled(x.device.type):
             return False
         base_dtype = self.compute_dtype or x.dtype
         return x.dtype == base_dtype == self.lora_A.dtype == self.lora_B.dtype
@@ -295,34 +298,36 @@ class QLoRALinear(LoRALayer):
 def replace_linear_layers(
     model: nn.Module,
     r: int,
-    alpha: float,
+    lora_alpha: float,
     *,
-    targets: str | Sequence[str] = "all-linear",
-    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    lora_dropout: float = 0.0,
     compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] = (),
     **quantization: Any,
 ) -> list[str]:
     """Freeze ``model`` and put a ``QLoRALinear`` in the place of its linear layers; their names.
 
-    ``targets`` and ``skip`` are as for ``find_linear_layers``, so the output head stays as it is
-    (bitsandbytes keeps it, too). ``quantization`` may hold ``levels``, ``blocksize`` and
+    ``target_modules`` and ``skip`` are as for ``find_linear_layers``, so the output head stays as
+    it is (bitsandbytes keeps it, too). ``quantization`` may hold ``levels``, ``blocksize`` and
     ``double_quant``.
 
     Raises:
         LoRAError: if there is nothing to replace; see also ``QLoRALinear``.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> replace_linear_layers(model, r=4, alpha=8, skip=["2"])
+    >>> replace_linear_layers(model, r=4, lora_alpha=8, skip=["2"])
     ['0']
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4·64 + 64·4
     512
     """
-    names = find_linear_layers(model, targets, skip)
+    names = find_linear_layers(model, target_modules, skip)
     model.requires_grad_(False)
     for name in names:
         linear = model.get_submodule(name)
-        layer = QLoRALinear.from_linear(linear, r, alpha, dropout, compute_dtype, **quantization)
+        layer = QLoRALinear.from_linear(
+            linear, r, lora_alpha, lora_dropout, compute_dtype, **quantization
+        )
         replace_module(model, name, layer)
     return names
 

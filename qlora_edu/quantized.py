@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from qlora_edu.blockwise import BLOCKSIZES, DTYPES, check_blocksize, unpack_nibbles
-from qlora_edu.codebooks import QuantizationError, get_levels
+from qlora_edu.codebooks import get_levels
 from qlora_edu.double_quant import (
     NESTED_BLOCKSIZE,
     QuantizedAbsmax,
     dequantize_absmax,
     quantize_absmax,
 )
+from qlora_edu.errors import QuantizationError
 from qlora_edu.kernels import decode, dequantize_blockwise, piece_size, quantize_blockwise
 
 

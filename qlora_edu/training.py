@@ -20,14 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_edu.errors import TrainingError
 from qlora_edu.text.conversations import IGNORED, Message, encode_prompt
 
 Batch = Mapping[str, Tensor]
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-
-
-class TrainingError(RuntimeError):
-    """Training or measuring cannot go on; the message says what was found."""
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
@@ -87,7 +84,7 @@ def row_order(
 
 
 def learning_rate_at(
-    step: int, lr: float, schedule: str, warmup_steps: int = 0, total_steps: int = 0
+    step: int, lr: float, lr_scheduler_type: str, warmup_steps: int = 0, total_steps: int = 0
 ) -> float:
     """The learning rate of step 0, 1, 2 … as ``transformers.get_scheduler`` would set it.
 
@@ -97,16 +94,16 @@ def learning_rate_at(
     >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
     [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
     """
-    if schedule not in SCHEDULES:
-        raise TrainingError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
-    if schedule == "constant":
+    if lr_scheduler_type not in SCHEDULES:
+        raise TrainingError(f"no schedule {lr_scheduler_type!r}; there are {', '.join(SCHEDULES)}")
+    if lr_scheduler_type == "constant":
         return lr
     if step < warmup_steps:
         return lr * step / warmup_steps
-    if schedule == "constant_with_warmup":
+    if lr_scheduler_type == "constant_with_warmup":
         return lr
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return lr * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+    return lr * (1 - done if lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(
@@ -114,11 +111,11 @@ def train(
     batches: Iterable[Batch],
     lr: float,
     *,
-    accumulation: int = 1,
-    schedule: str = "constant",
+    gradient_accumulation_steps: int = 1,
+    lr_scheduler_type: str = "constant",
     warmup_steps: int = 0,
     total_steps: int = 0,
-    beta2: float = 0.999,
+    adam_beta2: float = 0.999,
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.3,
 ) -> list[float]:
@@ -136,14 +133,16 @@ def train(
         raise TrainingError(
             "no parameter requires a gradient; call add_lora or replace_linear_layers first"
         )
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=lr, betas=(0.9, adam_beta2), weight_decay=weight_decay
+    )
     model.train()
     losses: list[float] = []
     remaining = iter(batches)
-    while parts := list(islice(remaining, accumulation)):
+    while parts := list(islice(remaining, gradient_accumulation_steps)):
         step = len(losses)
         optimizer.param_groups[0]["lr"] = learning_rate_at(
-            step, lr, schedule, warmup_steps, total_steps
+            step, lr, lr_scheduler_type, warmup_steps, total_steps
         )
         tokens = sum(answer_tokens(part) for part in parts)
         if not tokens:

@@ -26,8 +26,9 @@ from qlora_edu.adapters import (
     remove_lora,
 )
 from qlora_edu.compat import quiet
+from qlora_edu.errors import LoRAError
 from qlora_edu.files.peft_format import AdapterFileError, load_adapter, save_adapter
-from qlora_edu.lora import LoRAError, LoRALinear
+from qlora_edu.lora import LoRALinear
 from qlora_edu.qlora import QLoRALinear, replace_linear_layers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,9 +71,9 @@ def adapters(draw) -> dict:
     some = st.lists(st.sampled_from(modules), min_size=1, max_size=len(modules), unique=True)
     return {
         "architecture": architecture,
-        "targets": draw(st.just("all-linear") | some),
+        "target_modules": draw(st.just("all-linear") | some),
         "r": draw(st.integers(1, 40)),  # beyond min(in, out), too
-        "alpha": draw(st.sampled_from([1, 3, 8, 16.5])),
+        "lora_alpha": draw(st.sampled_from([1, 3, 8, 16.5])),
         "bias": draw(st.sampled_from(["none", "lora_only", "all"])),
         "dtype": draw(st.sampled_from(DTYPES)),
     }
@@ -115,7 +116,13 @@ def test_saved_here_loads_in_peft(adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours") / "adapter"
     base = make(adapter["architecture"], adapter["dtype"])
     ours = copy.deepcopy(base)
-    add_lora(ours, adapter["r"], adapter["alpha"], targets=adapter["targets"], bias=adapter["bias"])
+    add_lora(
+        ours,
+        adapter["r"],
+        adapter["lora_alpha"],
+        target_modules=adapter["target_modules"],
+        bias=adapter["bias"],
+    )
     train_a_little(ours)
     save_adapter(ours, folder, base_model="nowhere")
     with warnings.catch_warnings():
@@ -135,8 +142,8 @@ def test_saved_by_peft_loads_here(adapter, init, tmp_path_factory):
     base = make(adapter["architecture"], adapter["dtype"])
     config = LoraConfig(
         r=adapter["r"],
-        lora_alpha=adapter["alpha"],
-        target_modules=adapter["targets"],
+        lora_alpha=adapter["lora_alpha"],
+        target_modules=adapter["target_modules"],
         bias=adapter["bias"],
         init_lora_weights=init,
         task_type="CAUSAL_LM",
@@ -159,7 +166,7 @@ def test_saved_by_peft_loads_here(adapter, init, tmp_path_factory):
 @pytest.mark.parametrize("stored_as", DTYPES)
 def test_a_file_of_any_dtype_loads_exactly(stored_as, tmp_path):
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     train_a_little(model)
     rounded = {name: tensor.to(stored_as) for name, tensor in adapter_tensors(model).items()}
     load_adapters(model, rounded)
@@ -170,8 +177,8 @@ def test_a_file_of_any_dtype_loads_exactly(stored_as, tmp_path):
 
 def test_the_names_are_those_of_a_qlora_model_too():
     lora, qlora = make("Qwen2"), make("Qwen2")
-    add_lora(lora, r=4, alpha=8, targets=["q_proj"])
-    replace_linear_layers(qlora, r=4, alpha=8, targets=["q_proj"])
+    add_lora(lora, r=4, lora_alpha=8, target_modules=["q_proj"])
+    replace_linear_layers(qlora, r=4, lora_alpha=8, target_modules=["q_proj"])
     assert all(isinstance(layer, QLoRALinear) for layer in lora_layers(qlora).values())
     train_a_little(lora)
     load_adapters(qlora, adapter_tensors(lora))
@@ -181,7 +188,7 @@ def test_the_names_are_those_of_a_qlora_model_too():
 
 def test_a_trained_bias_of_a_quantised_layer_has_peft_s_name():
     model = make("Qwen2")
-    replace_linear_layers(model, r=4, alpha=8, targets=["q_proj"])
+    replace_linear_layers(model, r=4, lora_alpha=8, target_modules=["q_proj"])
     layer = model.model.layers[0].self_attn.q_proj
     layer.bias.requires_grad_()
     key = f"{PEFT_PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias"
@@ -194,7 +201,7 @@ def test_a_trained_bias_of_a_quantised_layer_has_peft_s_name():
 def test_adapters_are_swapped_on_one_base_without_a_trace():
     base = make("Llama")
     model = copy.deepcopy(base)
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     kept, answers = [], []
     for seed in (1, 2, 3):
         train_a_little(model, seed)
@@ -210,7 +217,7 @@ def test_adapters_are_swapped_on_one_base_without_a_trace():
 
 def test_loading_copies_and_does_not_share():
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     train_a_little(model)
     kept = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
     load_adapters(model, kept)
@@ -252,7 +259,7 @@ LAST = f"{PEFT_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_loaded(change, error, says):
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     tensors = trained_tensors(model)
     train_a_little(model, seed=2)
     before = logits(model)
@@ -264,8 +271,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(change, error, says)
 
 def test_another_rank_lists_the_tensors():
     model, other = make("Llama"), make("Llama")
-    add_lora(model, r=4, alpha=8)
-    add_lora(other, r=2, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
+    add_lora(other, r=2, lora_alpha=8)
     with pytest.raises(AdapterMismatchError) as error:
         load_adapters(model, trained_tensors(other))
     assert str(error.value).startswith("28 tensors do not fit: ")
@@ -275,7 +282,7 @@ def test_another_rank_lists_the_tensors():
 
 def test_a_mismatch_has_the_names_of_all_kinds_and_survives_pickling():
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     tensors = trained_tensors(model)
     shorter = tensors.pop(LAST)
     names = list(tensors)
@@ -290,7 +297,7 @@ def test_a_mismatch_has_the_names_of_all_kinds_and_survives_pickling():
 
 def test_an_untrained_adapter_loads_if_that_is_said():
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     fresh = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
     train_a_little(model)
     load_adapters(model, fresh, allow_untrained=True)
@@ -300,14 +307,14 @@ def test_an_untrained_adapter_loads_if_that_is_said():
 
 def test_a_trained_bias_alone_is_no_untrained_adapter():
     model = make("Qwen2")
-    add_lora(model, r=4, alpha=8, bias="lora_only")
+    add_lora(model, r=4, lora_alpha=8, bias="lora_only")
     tensors = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
     load_adapters(model, tensors)  # B is zero, but the biases say something
 
 
 def test_loading_into_a_merged_layer_is_refused():
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     tensors = trained_tensors(model)
     model.model.layers[0].mlp.up_proj.merge()
     with pytest.raises(LoRAError, match=r"unmerge.*up_proj"):
@@ -324,7 +331,7 @@ def test_loading_without_adapted_layers_is_refused():
 
 def saved(tmp_path, **options):
     model = make("Llama")
-    add_lora(model, r=4, alpha=8, **options)
+    add_lora(model, r=4, lora_alpha=8, **options)
     train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -401,7 +408,7 @@ def test_an_adapter_for_other_layers_lists_them(tmp_path):
 
 def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
     folder, model = saved(tmp_path), make("Llama")
-    replace_linear_layers(model, r=4, alpha=16)
+    replace_linear_layers(model, r=4, lora_alpha=16)
     with pytest.raises(AdapterMismatchError, match="scaled wrongly") as error:
         load_adapter(model, folder)
     assert error.value.tensors == tuple(adapter_tensors(model))
@@ -409,7 +416,7 @@ def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
 
 def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     model = make("Llama")
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     with pytest.raises(FileExistsError, match="overwritten"):
         save_adapter(model, tmp_path)
 
@@ -425,8 +432,8 @@ def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monke
 def test_layers_that_differ_do_not_fit_in_a_file(tmp_path):
     model = make("Llama")
     layer = model.model.layers[0].mlp
-    layer.up_proj = LoRALinear(layer.up_proj, r=2, alpha=4)
-    layer.down_proj = LoRALinear(layer.down_proj, r=4, alpha=4)
+    layer.up_proj = LoRALinear(layer.up_proj, r=2, lora_alpha=4)
+    layer.down_proj = LoRALinear(layer.down_proj, r=4, lora_alpha=4)
     with pytest.raises(LoRAError, match="one"):
         save_adapter(model, tmp_path / "adapter")
     with pytest.raises(LoRAError, match="one"):
@@ -436,13 +443,13 @@ def test_layers_that_differ_do_not_fit_in_a_file(tmp_path):
 # Which layers
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["c_attn"]])
-def test_conv1d_of_gpt2_is_refused_in_clear_words(targets):
+@pytest.mark.parametrize("target_modules", ["all-linear", ["c_attn"]])
+def test_conv1d_of_gpt2_is_refused_in_clear_words(target_modules):
     model = make("GPT-2")
     with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
-        add_lora(model, r=4, alpha=8, targets=targets)
+        add_lora(model, r=4, lora_alpha=8, target_modules=target_modules)
     with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
-        replace_linear_layers(model, r=4, alpha=8, targets=targets)
+        replace_linear_layers(model, r=4, lora_alpha=8, target_modules=target_modules)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -474,7 +481,7 @@ def test_all_linear_is_what_peft_takes_it_to_be(architecture):
 
 def test_a_target_that_is_nowhere_is_named_with_what_there_is():
     with pytest.raises(LoRAError, match=r"\['q_prj'\].*'q_proj'"):
-        add_lora(make("Llama"), r=4, alpha=8, targets=["q_prj", "v_proj"])
+        add_lora(make("Llama"), r=4, lora_alpha=8, target_modules=["q_prj", "v_proj"])
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
@@ -482,7 +489,7 @@ def test_the_biases_that_are_trained_are_those_of_peft(bias):
     from peft import LoraConfig, get_peft_model
 
     ours = make("Qwen2")
-    add_lora(ours, r=4, alpha=8, targets=["q_proj", "up_proj"], bias=bias)
+    add_lora(ours, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias=bias)
     with quiet():
         config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias=bias)
         theirs = get_peft_model(make("Qwen2"), config)

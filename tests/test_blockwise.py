@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qlora_edu import blockwise as bw
-from qlora_edu.codebooks import LEVELS, QuantizationError, get_levels
+from qlora_edu import kernels
+from qlora_edu.codebooks import LEVELS, get_levels
+from qlora_edu.errors import QuantizationError
 
 # No deadline and no complaint about slow generation: a busy machine is no fault of the code.
 unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -64,7 +66,7 @@ blocksizes = st.sampled_from(bw.BLOCKSIZES)
 @example(weight=torch.full((65,), 1e-40), blocksize=32, name="nf4")
 @example(weight=torch.full((65,), -3e38), blocksize=32, name="fp4")
 def test_packed_and_absmax_equal_bitsandbytes_to_the_byte(weight, blocksize, name):
-    packed, absmax = bw.quantize_blockwise(weight, get_levels(name), blocksize)
+    packed, absmax = kernels.quantize_blockwise(weight, get_levels(name), blocksize)
     their_packed, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type=name)
     assert packed.dtype == torch.uint8 and absmax.dtype == torch.float32
     assert torch.equal(packed, their_packed)
@@ -77,7 +79,7 @@ def test_packed_and_absmax_equal_bitsandbytes_to_the_byte(weight, blocksize, nam
 def test_every_dtype_and_blocksize_equals_bitsandbytes(dtype, blocksize, n):
     """The same promise without chance: each combination is certain to be tried."""
     weight = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
-    packed, absmax = bw.quantize_blockwise(weight, get_levels("nf4"), blocksize)
+    packed, absmax = kernels.quantize_blockwise(weight, get_levels("nf4"), blocksize)
     theirs, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
     assert torch.equal(packed, theirs) and torch.equal(absmax, state.absmax)
 
@@ -101,8 +103,8 @@ def by_the_definition(packed, absmax, levels, blocksize, n, dtype):
 )
 def test_dequantised_values_equal_the_definition(weight, blocksize, name):
     levels, n = get_levels(name), len(weight)
-    packed, absmax = bw.quantize_blockwise(weight, levels, blocksize)
-    values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, (n,), weight.dtype)
+    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
+    values = kernels.dequantize_blockwise(packed, absmax, levels, blocksize, (n,), weight.dtype)
     assert values.dtype == weight.dtype
     assert torch.equal(
         values, by_the_definition(packed, absmax, levels, blocksize, n, values.dtype)
@@ -113,8 +115,10 @@ def test_dequantised_values_equal_the_definition(weight, blocksize, name):
 @given(weight=weights(), blocksize=blocksizes, name=st.sampled_from(["nf4", "int4", "af4"]))
 def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, name):
     levels = get_levels(name, blocksize)
-    packed, absmax = bw.quantize_blockwise(weight, levels, blocksize)
-    values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, torch.float64)
+    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
+    values = kernels.dequantize_blockwise(
+        packed, absmax, levels, blocksize, weight.shape, torch.float64
+    )
     error = (values - weight.double()).abs()
     half_gap = levels.diff().max() / 2 * absmax.repeat_interleave(blocksize)[: len(weight)]
     # Blocks below 1e-38 are scaled by too little and come out as zero. The slack is for float32:
@@ -129,19 +133,19 @@ def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, na
 def test_dequantised_values_equal_bitsandbytes_on_rows_of_whole_blocks(dtype, blocksize, name):
     shape = (3, 2 * blocksize)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed, absmax = bw.quantize_blockwise(weight, get_levels(name), blocksize)
+    packed, absmax = kernels.quantize_blockwise(weight, get_levels(name), blocksize)
     theirs, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type=name)
     # From blocks of 2048 on, bitsandbytes would compile its fallback for half a minute.
     with torch.compiler.set_stance("force_eager"):
         expected = bnb_functional.dequantize_4bit(theirs, state)
-    ours = bw.dequantize_blockwise(packed, absmax, get_levels(name), blocksize, shape, dtype)
+    ours = kernels.dequantize_blockwise(packed, absmax, get_levels(name), blocksize, shape, dtype)
     assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
 def test_first_of_two_codes_is_in_the_high_nibble():
-    packed, _ = bw.quantize_blockwise(torch.tensor([-1.0, 1.0]), get_levels("nf4"), 64)
+    packed, _ = kernels.quantize_blockwise(torch.tensor([-1.0, 1.0]), get_levels("nf4"), 64)
     assert packed.tolist() == [[0x0F]]
-    packed, absmax = bw.quantize_blockwise(torch.zeros(64), get_levels("nf4"), 64)
+    packed, absmax = kernels.quantize_blockwise(torch.zeros(64), get_levels("nf4"), 64)
     assert packed.unique().tolist() == [0x77] and absmax.tolist() == [0]
 
 
@@ -149,7 +153,7 @@ def test_a_weight_at_a_midpoint_goes_down():
     levels = get_levels("nf4")
     midpoints = (levels[:-1] + levels[1:]) / 2
     # The 1 makes the absmax 1, so that scaling leaves the midpoints where they are.
-    packed, _ = bw.quantize_blockwise(torch.cat([torch.ones(1), midpoints]), levels, 64)
+    packed, _ = kernels.quantize_blockwise(torch.cat([torch.ones(1), midpoints]), levels, 64)
     assert bw.unpack_nibbles(packed, 16).tolist() == [15, *range(15)]
 
 
@@ -162,8 +166,8 @@ def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied():
     differs = (x / absmax > midpoint) & ~(x * (1 / absmax) > midpoint)
     i = differs.nonzero()[0]
     pair = torch.cat([absmax[i], x[i]])
-    short, _ = bw.quantize_blockwise(pair, levels, 32)
-    whole, _ = bw.quantize_blockwise(torch.cat([pair, torch.zeros(30)]), levels, 32)
+    short, _ = kernels.quantize_blockwise(pair, levels, 32)
+    whole, _ = kernels.quantize_blockwise(torch.cat([pair, torch.zeros(30)]), levels, 32)
     assert (short[0].item(), whole[0].item()) == (0xF9, 0xF8)
 
 
@@ -181,10 +185,10 @@ def test_nibbles_round_trip(codes):
 def test_shape_and_dtype_come_back(shape, dtype):
     levels = get_levels("int4")
     weight = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed, absmax = bw.quantize_blockwise(weight, levels, 32)
+    packed, absmax = kernels.quantize_blockwise(weight, levels, 32)
     assert packed.shape == ((weight.numel() + 1) // 2, 1)
     assert absmax.shape == (-(-weight.numel() // 32),)
-    values = bw.dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
+    values = kernels.dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
     assert values.shape == shape and values.dtype == dtype
     if 0 < weight.numel() <= 5:
         assert values.abs().max() == weight.abs().max()
@@ -193,8 +197,8 @@ def test_shape_and_dtype_come_back(shape, dtype):
 def test_memory_layout_and_gradient_do_not_matter():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     levels = get_levels("nf4")
-    expected = bw.quantize_blockwise(weight.T.contiguous(), levels, 64)
-    actual = bw.quantize_blockwise(weight.requires_grad_().T, levels, 64)
+    expected = kernels.quantize_blockwise(weight.T.contiguous(), levels, 64)
+    actual = kernels.quantize_blockwise(weight.requires_grad_().T, levels, 64)
     for ours, wanted in zip(actual, expected, strict=True):
         assert torch.equal(ours, wanted) and not ours.requires_grad
 
@@ -207,8 +211,10 @@ PUBLISHED_ERRORS = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 40
 def test_mean_absolute_error_is_the_published_one(blocksize):
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     levels = get_levels("nf4")
-    packed, absmax = bw.quantize_blockwise(weight, levels, blocksize)
-    values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, (1024, 1024), weight.dtype)
+    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
+    values = kernels.dequantize_blockwise(
+        packed, absmax, levels, blocksize, (1024, 1024), weight.dtype
+    )
     error = (values - weight).abs().mean().item()
     # The error of one weight has a deviation near 0.06 and there are 2**20 of them: 6e-5 for the
     # mean, and a little more because a block shares its absmax. 3e-4 is four to five of these.
@@ -221,7 +227,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(bad, dtype):
     weight = torch.zeros(4, 6, dtype=dtype)
     weight[2, 5] = weight[3, 0] = bad
     with pytest.raises(bw.NonFiniteError, match=rf"2 non-finite.*{bad}.*\(2, 5\)"):
-        bw.quantize_blockwise(weight, get_levels("nf4"), 64)
+        kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
 
 
 @pytest.mark.parametrize(
@@ -229,19 +235,19 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(bad, dtype):
 )
 def test_an_unsupported_dtype_is_refused_by_name(dtype):
     with pytest.raises(bw.DtypeError, match=f"{dtype}.*float32, float16, bfloat16"):
-        bw.quantize_blockwise(torch.ones(4).to(dtype), get_levels("nf4"), 64)
+        kernels.quantize_blockwise(torch.ones(4).to(dtype), get_levels("nf4"), 64)
 
 
 @pytest.mark.parametrize("weight", [[1.0, 2.0], None, 3.0])
 def test_what_is_no_tensor_is_refused_by_type(weight):
     with pytest.raises(bw.DtypeError, match=type(weight).__name__):
-        bw.quantize_blockwise(weight, get_levels("nf4"), 64)
+        kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
 
 
 @pytest.mark.parametrize("blocksize", [0, -64, 16, 63, 96, 8192, 64.0, True, "64", None, [64]])
 def test_an_unsupported_blocksize_is_refused_by_value(blocksize):
     with pytest.raises(bw.BlocksizeError, match="32, 64, 128"):
-        bw.quantize_blockwise(torch.ones(4), get_levels("nf4"), blocksize)
+        kernels.quantize_blockwise(torch.ones(4), get_levels("nf4"), blocksize)
 
 
 def test_every_error_is_a_quantization_error_and_a_value_error():
@@ -261,10 +267,10 @@ def test_defect_of_bitsandbytes_blocks_restart_at_each_row(shape):
     """
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    ours, absmax = bw.quantize_blockwise(weight, get_levels("nf4"), 64)
+    ours, absmax = kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
     assert torch.equal(ours, packed) and torch.equal(absmax, state.absmax)
 
-    right = bw.dequantize_blockwise(ours, absmax, get_levels("nf4"), 64, shape, weight.dtype)
+    right = kernels.dequantize_blockwise(ours, absmax, get_levels("nf4"), 64, shape, weight.dtype)
     theirs = bnb_functional.dequantize_4bit(packed, state)
     # The widest gap between levels is 0.304: no right value is off by more than half that.
     largest_right_error = 0.152 * absmax.max()
@@ -313,22 +319,22 @@ CAN_COMPILE = (shutil.which("g++") or shutil.which("clang++")) and (
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
 def test_compiled_code_gives_the_same_bytes(name):
     # Two whole pieces, which are compiled, some blocks that are not, and a short last one.
-    weight = torch.randn(8 * bw.PIECE + 5 * 64 + 7).to(torch.bfloat16)
+    weight = torch.randn(8 * kernels.PIECE + 5 * 64 + 7).to(torch.bfloat16)
     levels = get_levels(name)
     for blocksize in bw.BLOCKSIZES if name == "nf4" else (64, 4096):
-        plain = bw.quantize_blockwise(weight, levels, blocksize)
-        compiled = bw.quantize_blockwise(weight, levels, blocksize, compiled=True)
+        plain = kernels.quantize_blockwise(weight, levels, blocksize)
+        compiled = kernels.quantize_blockwise(weight, levels, blocksize, compiled=True)
         assert torch.equal(plain[0], compiled[0]) and torch.equal(plain[1], compiled[1])
 
 
 def test_without_a_compiler_the_way_out_is_named(tmp_path):
     script = """
 import torch
-from qlora_edu import blockwise, quantize
+from qlora_edu import kernels, quantize
 
 try:
-    quantize(torch.randn(4 * blockwise.PIECE), compiled=True)
-except blockwise.CompilerError as error:
+    quantize(torch.randn(4 * kernels.PIECE), compiled=True)
+except kernels.CompilerError as error:
     print(error)
 """
     # A compiler that always fails, and no cache of what another one has compiled before.
@@ -338,14 +344,16 @@ except blockwise.CompilerError as error:
 
 
 def test_pieces_meet_without_a_seam():
-    weight = torch.randn(2 * bw.PIECE + 64)
+    weight = torch.randn(2 * kernels.PIECE + 64)
     levels = get_levels("nf4")
-    whole, _ = bw.quantize_blockwise(weight, levels, 64)
-    parts = [bw.quantize_blockwise(part, levels, 64)[0] for part in weight.split(bw.PIECE // 4)]
+    whole, _ = kernels.quantize_blockwise(weight, levels, 64)
+    parts = [
+        kernels.quantize_blockwise(part, levels, 64)[0] for part in weight.split(kernels.PIECE // 4)
+    ]
     assert torch.equal(whole, torch.cat(parts))
     assert torch.equal(
-        bw.read_back(weight, levels, 64),
-        torch.cat([bw.read_back(part, levels, 64) for part in weight.split(64 * 1000)]),
+        kernels.read_back(weight, levels, 64),
+        torch.cat([kernels.read_back(part, levels, 64) for part in weight.split(64 * 1000)]),
     )
 
 
@@ -370,4 +378,4 @@ print((1024 * (after - before) - quantized.nbytes) / weight.nbytes)
 
 def test_more_levels_than_a_nibble_can_name_are_refused():
     with pytest.raises(QuantizationError, match="4 bits, too few for 17"):
-        bw.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 17), 64)
+        kernels.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 17), 64)

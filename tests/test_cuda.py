@@ -106,7 +106,7 @@ def test_the_plan_is_what_the_card_gives(method):
         "vocab_size": 2048,
         "tie_word_embeddings": False,
     }
-    plan = plan_memory(tiny, method, length=512, device="cuda")
+    plan = plan_memory(tiny, method, max_length=512, device="cuda")
     for dtype in DTYPES:  # the work spaces of the libraries, which no plan sees
         normal(512, 512, dtype=dtype) @ normal(512, 512, dtype=dtype)
     torch.cuda.empty_cache()
@@ -114,7 +114,7 @@ def test_the_plan_is_what_the_card_gives(method):
     torch.manual_seed(0)
     model = build_random(tiny, plan.settings, "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    ids = torch.randint(0, 2048, (plan.batch, plan.length)).cuda()
+    ids = torch.randint(0, 2048, (plan.batch_size, plan.max_length)).cuda()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         training_loss(model, ids, plan.settings).backward()
@@ -125,7 +125,7 @@ def test_the_plan_is_what_the_card_gives(method):
 
 
 def embedded(tmp_path, **changes):
-    settings = {"max_steps": 8, "answer_rows": 4, "held_out_rows": 8, "dropout": 0.1}
+    settings = {"max_steps": 8, "answer_rows": 4, "held_out_rows": 8, "lora_dropout": 0.1}
     settings |= {"save_steps": 4, "optimizer": "paged_adamw_32bit"}
     return FinetuneConfig.from_preset("embedded", **settings | changes)
 
@@ -144,7 +144,7 @@ def test_a_run_on_the_card_comes_back_from_its_folder(tmp_path):
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw_torch"])
 def test_a_killed_run_on_the_card_resumes_to_the_same_adapter(tmp_path, optimizer, monkeypatch):
     """Within float32's noise: backward passes of a card may sum in any order."""
-    whole = embedded(tmp_path, output_dir=str(tmp_path / "whole"), optimizer=optimizer)
+    whole = embedded(tmp_path, output_dir=str(tmp_path / "whole"), optim=optimizer)
     finetune(whole, progress=False)
     from qlora_edu.production import callback as watch
 

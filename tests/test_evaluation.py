@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from qlora_edu.errors import EvaluationError
 from qlora_edu.evaluation import (
-    EvaluationError,
     Game,
     bradley_terry,
     bradley_terry_over_rows,
@@ -32,11 +32,11 @@ ROW = {"prompt": "Who?", "wanted": "Ada", "answers": {"a": "Ada", "b": "Eva", "c
 
 def make_games(strengths: dict[str, float], rows: int, seed: int = 0) -> list[Game]:
     """Games whose winners are drawn by Bradley and Terry's model, a few of them ties."""
-    dice, games = random.Random(seed), []
+    rng_state, games = random.Random(seed), []
     for row in range(rows):
         for first, second in itertools.combinations(strengths, 2):
             chance = expected_score(strengths[first], strengths[second])
-            score = 0.5 if dice.random() < 0.1 else float(dice.random() < chance)
+            score = 0.5 if rng_state.random() < 0.1 else float(rng_state.random() < chance)
             games.append(Game(first, second, score, row))
     return games
 

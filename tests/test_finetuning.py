@@ -12,6 +12,14 @@ from safetensors.torch import load_file
 from tiny import make_base, make_rows, write_jsonl
 
 from qlora_edu import finetune as run_finetune
+from qlora_edu.errors import (
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    ModelUnavailableError,
+    RunExistsError,
+    TrainingError,
+)
 from qlora_edu.finetuning import (
     check_gradients,
     expected_minutes,
@@ -20,13 +28,11 @@ from qlora_edu.finetuning import (
     make_trainer,
     plan_run,
 )
-from qlora_edu.memory import DoesNotFitError
 from qlora_edu.production import loading
-from qlora_edu.production.config import PRESETS, ConfigError, FinetuneConfig
-from qlora_edu.production.loading import ModelUnavailableError, load_base, quantization_config
-from qlora_edu.production.run_folder import RunExistsError
-from qlora_edu.text.conversations import DataError, encode_conversations
-from qlora_edu.training import TrainingError, collate, held_out_loss
+from qlora_edu.production.config import PRESETS, FinetuneConfig
+from qlora_edu.production.loading import load_base, quantization_config
+from qlora_edu.text.conversations import encode_conversations
+from qlora_edu.training import collate, held_out_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model.safetensors"
@@ -65,23 +71,32 @@ def config(base, data, tmp_path):
 
 
 def test_guanaco_presets_are_the_papers():
-    for size, rate, dropout in (
+    for size, rate, lora_dropout in (
         ("7b", 2e-4, 0.1),
         ("13b", 2e-4, 0.1),
         ("33b", 1e-4, 0.05),
         ("65b", 1e-4, 0.05),
     ):
         config = FinetuneConfig.from_preset(f"guanaco-{size}")
-        assert (config.learning_rate, config.dropout) == (rate, dropout)
-        assert (config.r, config.alpha, config.beta2, config.max_grad_norm) == (64, 16, 0.999, 0.3)
-        assert (config.batch_size, config.gradient_accumulation, config.max_steps) == (1, 16, 1875)
-        assert (config.max_length, config.lr_schedule) == (512, "constant")
-        assert (config.levels, config.double_quant, config.compute_dtype) == (
+        assert (config.learning_rate, config.lora_dropout) == (rate, lora_dropout)
+        assert (config.r, config.lora_alpha, config.adam_beta2, config.max_grad_norm) == (
+            64,
+            16,
+            0.999,
+            0.3,
+        )
+        assert (config.batch_size, config.gradient_accumulation_steps, config.max_steps) == (
+            1,
+            16,
+            1875,
+        )
+        assert (config.max_length, config.lr_scheduler_type) == (512, "constant")
+        assert (config.quant_type, config.double_quant, config.compute_dtype) == (
             "nf4",
             True,
             "bfloat16",
         )
-        assert config.optimizer == "paged_adamw_32bit" and config.gradient_checkpointing
+        assert config.optim == "paged_adamw_32bit" and config.gradient_checkpointing
     assert set(PRESETS) == {"embedded", *(f"guanaco-{s}" for s in ("7b", "13b", "33b", "65b"))}
 
 
@@ -94,7 +109,7 @@ def test_guanaco_presets_are_the_papers():
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be of type float"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"lora_dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"method": "dora"}, "method must be one of .*'qlora'"),
         ({"levels": "int4"}, "levels must be one of"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of"),
@@ -118,7 +133,7 @@ def test_settings_come_from_yaml(tmp_path):
     path.write_text("preset: guanaco-7b\nlearning_rate: 1e-4\nalpha: 32\nmodel: my/model\n")
     config = FinetuneConfig.from_yaml(path, max_steps=7)
     assert config == FinetuneConfig.from_preset(
-        "guanaco-7b", learning_rate=1e-4, alpha=32.0, model="my/model", max_steps=7
+        "guanaco-7b", learning_rate=1e-4, lora_alpha=32.0, model="my/model", max_steps=7
     )
     for text, says in {
         "presett: embedded": "lacks name, model, train_data, held_out_data",
@@ -333,11 +348,11 @@ def test_the_plan_of_a_run_has_its_settings():
     config = FinetuneConfig.from_preset("guanaco-7b", adapter_dtype="float32", max_length=700)
     plan = plan_run(config, "llama-7b")
     step = plan.settings
-    assert (plan.batch, plan.length, plan.optimizer) == (1, 700, "paged_adamw_32bit")
-    assert (step.r, step.dropout, step.adapter_dtype) == (64, 0.1, "float32")
-    assert step.checkpointing and step.autocast and step.double_quant
-    assert step.stack == "bitsandbytes" and not step.padding
-    full = plan_run(config.replace(method="full", optimizer="adamw_torch"), "llama-7b")
+    assert (plan.batch_size, plan.max_length, plan.optim) == (1, 700, "paged_adamw_32bit")
+    assert (step.r, step.lora_dropout, step.adapter_dtype) == (64, 0.1, "float32")
+    assert step.gradient_checkpointing and step.autocast and step.double_quant
+    assert step.backend == "bitsandbytes" and not step.padding
+    full = plan_run(config.replace(method="full", optim="adamw_torch"), "llama-7b")
     assert full.settings.dtype == "float32" and full.peak_bytes > 6.7e9 * 16
     assert plan_run(FinetuneConfig.from_preset("embedded")).settings.padding
 
@@ -365,7 +380,7 @@ def test_minutes_are_within_a_half_of_what_a_card_took():
     for row in report["rows"]:
         method = row["settings"]["method"]
         config = FinetuneConfig.from_preset("guanaco-7b", method=method, max_length=row["length"])
-        config = config.replace(max_steps=60, gradient_accumulation=1)
+        config = config.replace(max_steps=60, gradient_accumulation_steps=1)
         predicted = expected_minutes(config, 6_607_077_376, 32, tflops=989)
         assert 0.6 < predicted / row["seconds_a_step"] < 1.5
 
@@ -381,7 +396,7 @@ def test_samples_change_nothing_of_the_run(config):
     ends = []
     for every in (0, 1):
         folder = f"{config.output_dir}-{every}"
-        changed = config.replace(sample_steps=every, dropout=0.3, output_dir=folder)
+        changed = config.replace(sample_steps=every, lora_dropout=0.3, output_dir=folder)
         ends.append(load_file(run_finetune(changed, progress=False).folder / ADAPTER))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_edu.lora import HoulsbyAdapter, LoRAError, LoRALinear, energy_kept, low_rank_factors
+from qlora_edu.errors import LoRAError
+from qlora_edu.lora import HoulsbyAdapter, LoRALinear, energy_kept, low_rank_factors
 
 IN, OUT, RANK, ALPHA = 24, 16, 4, 8  # α/r = 2: neither 1, nor α, nor r; and × 2 is exact
 
@@ -21,12 +22,12 @@ def make_layer(dtype=torch.float32, *, trained=True, bias=True, seed=0, **settin
     return layer
 
 
-def peft_twin(layer: LoRALinear, dropout: float = 0.0, init=True):
+def peft_twin(layer: LoRALinear, lora_dropout: float = 0.0, init=True):
     """PEFT's layer over a copy of the same base, with the same A and B."""
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, init_lora_weights=init)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=lora_dropout, init_lora_weights=init)
     twin = Linear(copy.deepcopy(layer.base), "default", config, r=RANK, lora_alpha=ALPHA)
     with torch.no_grad():
         twin.lora_A["default"].weight.data = layer.lora_A.detach().clone()
@@ -36,7 +37,7 @@ def peft_twin(layer: LoRALinear, dropout: float = 0.0, init=True):
 
 def test_forward_is_the_definition_by_hand():
     """W = I, A = [1 1], B = [1; 0], α/r = 3: (1, 2) -> (1, 2) + 3 · (1 + 2) · (1, 0) = (10, 2)."""
-    layer = LoRALinear(nn.Linear(2, 2, bias=False), r=1, alpha=3)
+    layer = LoRALinear(nn.Linear(2, 2, bias=False), r=1, lora_alpha=3)
     with torch.no_grad():
         layer.base.weight.copy_(torch.eye(2))
         layer.lora_A.copy_(torch.tensor([[1.0, 1.0]]))
@@ -46,11 +47,11 @@ def test_forward_is_the_definition_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_forward_and_gradients_equal_peft(dtype, dropout):
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+def test_forward_and_gradients_equal_peft(dtype, lora_dropout):
     """The same operations in the same order, so equal to the bit, dropout mask included."""
-    layer = make_layer(dtype, dropout=dropout)
-    twin = peft_twin(layer, dropout)
+    layer = make_layer(dtype, lora_dropout=lora_dropout)
+    twin = peft_twin(layer, lora_dropout)
     outputs, gradients = [], []
     for module in (layer, twin):
         x = torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -126,7 +127,7 @@ def test_leading_dimensions_are_kept(shape):
 
 def test_dropout_acts_on_the_input_of_the_adapter_alone():
     """While B = 0 the adapter is silent and dropout cannot show: the base sees the whole of x."""
-    layer = make_layer(trained=False, dropout=0.5)
+    layer = make_layer(trained=False, lora_dropout=0.5)
     x = torch.randn(7, IN)
     assert torch.equal(layer(x), layer.base(x))
     nn.init.normal_(layer.lora_B)
@@ -288,16 +289,16 @@ def test_a_bad_rank_is_refused(r):
         LoRALinear(nn.Linear(4, 4), r, 1)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf])
-def test_a_bad_alpha_is_refused(alpha):
-    with pytest.raises(LoRAError, match="alpha"):
-        LoRALinear(nn.Linear(4, 4), 1, alpha)
+@pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf])
+def test_a_bad_alpha_is_refused(lora_alpha):
+    with pytest.raises(LoRAError, match="lora_alpha"):
+        LoRALinear(nn.Linear(4, 4), 1, lora_alpha)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan])
-def test_a_bad_dropout_is_refused(dropout):
-    with pytest.raises(LoRAError, match="dropout"):
-        LoRALinear(nn.Linear(4, 4), 1, 1, dropout=dropout)
+@pytest.mark.parametrize("lora_dropout", [-0.1, 1.0, 1.5, math.nan])
+def test_a_bad_dropout_is_refused(lora_dropout):
+    with pytest.raises(LoRAError, match="lora_dropout"):
+        LoRALinear(nn.Linear(4, 4), 1, 1, lora_dropout=lora_dropout)
 
 
 def test_an_unknown_init_is_refused():

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from qlora_edu import paging
-from qlora_edu.files.host_tier import HostTierError, PagingError
+from qlora_edu.errors import PagingError
+from qlora_edu.files.host_tier import HostTierError
 from qlora_edu.paging import (
     BudgetError,
     PagedAdamW,

@@ -18,8 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from qlora_edu import blockwise
-from qlora_edu.double_quant import QuantizationError
-from qlora_edu.lora import LoRAError
+from qlora_edu.errors import LoRAError, QuantizationError
 from qlora_edu.qlora import (
     MERGES,
     QLoRALinear,
@@ -75,12 +74,12 @@ def make_linear4bit(linear: nn.Linear, compute_dtype=None, quant_type="nf4"):
     return twin.to("cpu").requires_grad_(False)  # .to quantises
 
 
-def make_peft_twin(layer: QLoRALinear, linear: nn.Linear, dropout: float = 0.0):
+def make_peft_twin(layer: QLoRALinear, linear: nn.Linear, lora_dropout: float = 0.0):
     """PEFT's adapter around bitsandbytes' layer, with the A and B of ``layer``."""
     from peft import LoraConfig
     from peft.tuners.lora.bnb import Linear4bit
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=lora_dropout)
     base = make_linear4bit(linear, layer.compute_dtype)
     twin = Linear4bit(base, "default", config, r=RANK, lora_alpha=ALPHA)
     with torch.no_grad():
@@ -245,14 +244,16 @@ def test_nothing_is_kept_for_an_input_that_needs_no_gradient():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
 @pytest.mark.parametrize("input_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_gradients_equal_bitsandbytes_with_peft(dtype, input_dtype, dropout, autocast):
+def test_forward_and_gradients_equal_bitsandbytes_with_peft(
+    dtype, input_dtype, lora_dropout, autocast
+):
     """Equal to the bit, for the same operations run on the same numbers in the same order."""
     linear = make_linear(dtype=dtype)
-    layer = make_layer(linear, dropout=dropout, compute_dtype=dtype)
-    twin = make_peft_twin(layer, linear, dropout)
+    layer = make_layer(linear, lora_dropout=lora_dropout, compute_dtype=dtype)
+    twin = make_peft_twin(layer, linear, lora_dropout)
     y, grad_x = run(layer, input_dtype, autocast)
     peft_y, peft_grad_x = run(twin, input_dtype, autocast)
     assert y.dtype == peft_y.dtype == input_dtype
@@ -292,7 +293,7 @@ def test_a_weight_in_many_pieces_gives_the_product_of_the_whole(
 
 def test_never_is_the_whole_weight_unpacked():
     """A weight of 64 MiB in float32: what is alive at once beside the result is a sixteenth."""
-    layer = QLoRALinear.from_linear(nn.Linear(4096, 4096, bias=False), r=2, alpha=4)
+    layer = QLoRALinear.from_linear(nn.Linear(4096, 4096, bias=False), r=2, lora_alpha=4)
     x = torch.randn(2, 4096, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         layer(x).sum().backward()
@@ -447,13 +448,14 @@ def test_from_linear_passes_every_setting_on():
     )
     weight = layer.weight
     assert (weight.levels_name, weight.blocksize, weight.double_quant) == ("fp4", 128, False)
-    assert (layer.r, layer.scaling, layer.dropout.p, layer.init) == (4, 4.0, 0.1, "gaussian")
+    assert (layer.r, layer.scaling, layer.lora_dropout.p, layer.init) == (4, 4.0, 0.1, "gaussian")
     assert layer.compute_dtype == torch.bfloat16 and layer.bias is None
 
 
-def two_layers(dropout: float) -> nn.Sequential:
+def two_layers(lora_dropout: float) -> nn.Sequential:
     layers = (
-        make_layer(make_linear(seed=seed, out_features=IN), dropout=dropout) for seed in (1, 2)
+        make_layer(make_linear(seed=seed, out_features=IN), lora_dropout=lora_dropout)
+        for seed in (1, 2)
     )
     first, second = layers
     return nn.Sequential(first, nn.SiLU(), second)
@@ -465,11 +467,11 @@ def adapter_gradients(model: nn.Module) -> list[Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_gives_the_same_gradients(use_reentrant, dropout):
+def test_checkpointing_gives_the_same_gradients(use_reentrant, lora_dropout):
     """To the bit: it repeats the same forward pass, dropout mask included."""
-    model = two_layers(dropout)
+    model = two_layers(lora_dropout)
     y, grad_x = run(model)
     gradients = adapter_gradients(model)
     again_y, again_grad_x = run(lambda x: checkpoint(model, x, use_reentrant=use_reentrant))
@@ -620,11 +622,15 @@ def test_take_apart_and_put_together_copy_nothing():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"r": 0}, "rank r"), ({"alpha": -1}, "alpha"), ({"dropout": 1.0}, "dropout")],
+    [
+        ({"r": 0}, "rank r"),
+        ({"lora_alpha": -1}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+    ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(LoRAError, match=message):
-        QLoRALinear.from_linear(make_linear(), **({"r": 4, "alpha": 8} | settings))
+        QLoRALinear.from_linear(make_linear(), **({"r": 4, "lora_alpha": 8} | settings))
 
 
 def test_a_bad_compute_dtype_is_refused():
@@ -671,7 +677,7 @@ def layer_to_merge() -> tuple[QLoRALinear, Tensor, Tensor]:
     """A layer whose adapter is trained, the weight from before quantisation, and ΔW."""
     torch.manual_seed(0)
     linear = nn.Linear(256, 128, bias=False)
-    layer = QLoRALinear.from_linear(linear, r=4, alpha=8)
+    layer = QLoRALinear.from_linear(linear, r=4, lora_alpha=8)
     nn.init.normal_(layer.lora_B, std=0.02)
     return layer, linear.weight.detach(), layer.delta_weight().detach()
 

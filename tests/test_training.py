@@ -10,14 +10,13 @@ from torch import nn
 
 from qlora_edu.adapters import adapter_tensors, load_adapters
 from qlora_edu.comparison import equivalence, mean_interval
+from qlora_edu.errors import LoRAError, TrainingError
 from qlora_edu.finetuning import make_trainer
-from qlora_edu.lora import LoRAError
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base
 from qlora_edu.qlora import replace_linear_layers
 from qlora_edu.text.conversations import IGNORED, encode_conversations
 from qlora_edu.training import (
-    TrainingError,
     answer_tokens,
     collate,
     completion_loss,
@@ -57,11 +56,11 @@ def config(base, tmp_path):
         train_data=data,
         held_out_data=data,
         r=8,
-        alpha=16,
+        lora_alpha=16,
         max_steps=STEPS,
         batch_size=BATCH,
         learning_rate=3e-3,
-        lr_schedule="constant",
+        lr_scheduler_type="constant",
         warmup_steps=0,
         logging_steps=1,
     )
@@ -74,9 +73,9 @@ def plain_model(base) -> nn.Module:
 
 
 def own_model(base) -> nn.Module:
-    """The base with this course's QLoRA layers, r=8, alpha=16."""
+    """The base with this course's QLoRA layers, r=8, lora_alpha=16."""
     model = plain_model(base)
-    replace_linear_layers(model, r=8, alpha=16)
+    replace_linear_layers(model, r=8, lora_alpha=16)
     return model
 
 
@@ -99,7 +98,7 @@ def both_curves(config, base, encoded, tmp_path):
 
     own = own_model(base)
     load_adapters(own, start, allow_untrained=True)
-    rows_a_step = BATCH * config.gradient_accumulation
+    rows_a_step = BATCH * config.gradient_accumulation_steps
     order = row_order(len(encoded), STEPS * rows_a_step, config.seed)
     batches = [
         collate([encoded[i] for i in order[at : at + BATCH]]) for at in range(0, len(order), BATCH)
@@ -108,8 +107,8 @@ def both_curves(config, base, encoded, tmp_path):
         own,
         batches,
         config.learning_rate,
-        accumulation=config.gradient_accumulation,
-        schedule=config.lr_schedule,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
         total_steps=STEPS,
         max_grad_norm=config.max_grad_norm,
@@ -136,21 +135,23 @@ def test_loss_curve_is_that_of_bitsandbytes_and_peft(config, base, encoded, tmp_
 def test_the_curve_is_the_same_with_accumulation_warm_up_and_a_schedule(
     config, base, encoded, tmp_path, schedule
 ):
-    config = config.replace(gradient_accumulation=3, lr_schedule=schedule, warmup_steps=4)
+    config = config.replace(
+        gradient_accumulation_steps=3, lr_scheduler_type=schedule, warmup_steps=4
+    )
     theirs, ours, *_ = both_curves(config, base, encoded, tmp_path)
     assert len(theirs) == len(ours) == STEPS
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mistake", ["alpha", "levels", "double_quant"])
+@pytest.mark.parametrize("mistake", ["lora_alpha", "levels", "double_quant"])
 def test_the_comparison_sees_a_wrong_setting(config, base, encoded, mistake, tmp_path):
     model, tokenizer = load_base(config)
     trainer = make_trainer(config, model, tokenizer, encoded, tmp_path / "trainer")
-    wrong = {"alpha": {"alpha": 32}, "levels": {"levels": "fp4"}}.get(
+    wrong = {"lora_alpha": {"lora_alpha": 32}, "levels": {"levels": "fp4"}}.get(
         mistake, {"double_quant": False}
     )
     other = plain_model(base)
-    replace_linear_layers(other, **{"r": 8, "alpha": 16, **wrong})
+    replace_linear_layers(other, **{"r": 8, "lora_alpha": 16, **wrong})
     right = own_model(base)
     start = {  # B = 0 would hide the scaling
         k: v + 0.02 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
@@ -190,12 +191,12 @@ def test_adapters_written_by_peft_give_the_same_outputs_here(config, base, encod
 
 def test_every_linear_layer_but_the_head_is_replaced(base):
     model = plain_model(base)
-    names = replace_linear_layers(model, r=4, alpha=8)
+    names = replace_linear_layers(model, r=4, lora_alpha=8)
     assert len(names) == 2 * 7 and "lm_head" not in names
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.lora_{part}" for name in names for part in "AB"}
     with pytest.raises(LoRAError, match=r"no nn\.Linear"):
-        replace_linear_layers(model, r=4, alpha=8)
+        replace_linear_layers(model, r=4, lora_alpha=8)
 
 
 def test_collate_is_trls_collator(encoded):
@@ -308,7 +309,7 @@ def test_four_batches_of_two_train_as_one_of_eight(base, encoded):
         load_adapters(model, start)
         batches = [collate(rows_of_all_sorts[i : i + rows]) for i in range(0, 40, rows)]
         assert len({answer_tokens(batch) for batch in batches}) > 1
-        curves.append(train(model, batches, 1e-3, accumulation=accumulation))
+        curves.append(train(model, batches, 1e-3, gradient_accumulation_steps=accumulation))
         ends.append(torch.cat([t.flatten() for t in adapter_tensors(model).values()]))
     # Sums in another order; a mean of means is off by 1e-2 here.
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=0, atol=1e-5)

@@ -131,10 +131,10 @@ def guanaco(size: str) -> MemoryPlan:
     return plan(
         f"llama-{size.lower()}",
         "qlora",
-        stack="bitsandbytes",
+        backend="bitsandbytes",
         adapter_dtype="bfloat16",
-        optimizer="paged_adamw_32bit",
-        dropout=0.1 if size in ("7B", "13B") else 0.05,
+        optim="paged_adamw_32bit",
+        lora_dropout=0.1 if size in ("7B", "13B") else 0.05,
     )
 
 
@@ -193,7 +193,7 @@ def _65b_on_48gb() -> Answer:
     "the planner, without a card; notebook 6",
 )
 def _65b_full_over_780gb() -> Answer:
-    peak = plan("llama-65b", "full", optimizer="adamw_32bit").peak_bytes
+    peak = plan("llama-65b", "full", optim="adamw_32bit").peak_bytes
     each = peak / sum(llama_parameters("65B"))
     return Answer(
         f"{peak / 1e9:.1f} GB",
@@ -730,13 +730,18 @@ def _qlora_equals_full() -> Answer:
     return equal_in_both("qlora", "full", "QLoRA against full fine-tuning, each at its best rate,")
 
 
-def experiment(targets: str, rank: int) -> float:
+def experiment(target_modules: str, rank: int) -> float:
     """Exact match of one run of chapter 4's experiments, at its common learning rate."""
     for row in stored("lora_experiments")["rows"]:
-        setting = row["target_modules"], row["r"], row["alpha"] / row["r"], row["learning_rate"]
-        if setting == (targets, rank, 2, 0.003):
+        setting = (
+            row["target_modules"],
+            row["r"],
+            row["lora_alpha"] / row["r"],
+            row["learning_rate"],
+        )
+        if setting == (target_modules, rank, 2, 0.003):
             return row["exact_match_after"]
-    raise ClaimError(f"lora_experiments.json has no run of {targets} at r = {rank}")
+    raise ClaimError(f"lora_experiments.json has no run of {target_modules} at r = {rank}")
 
 
 @claim(

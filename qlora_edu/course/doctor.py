@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from qlora_edu.errors import NotReadyError
 from qlora_edu.files import ROOT
 
 DATA = ROOT / "data"
@@ -26,10 +27,6 @@ REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[dev
 GIB = 2**30
 MEMORY_NEEDED = 4 * GIB
 DISK_NEEDED = 1 * GIB
-
-
-class NotReadyError(RuntimeError):
-    """This machine cannot run the course as it is; the message lists every fault and its fix."""
 
 
 @dataclass(frozen=True)

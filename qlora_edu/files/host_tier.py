@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_edu.errors import PagingError
+
 ALIGNMENT = 64  # bytes: every dtype, and every vector register, may start here
-
-
-class PagingError(Exception):
-    """Base class of everything this chapter refuses to do."""
 
 
 class HostTierError(PagingError, OSError):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_edu.codebooks import QuantizationError
+from qlora_edu.errors import QuantizationError
 
 
 class InspectionError(QuantizationError):

@@ -19,8 +19,8 @@ from qlora_edu.adapters import (
     lora_layers,
     remove_lora,
 )
+from qlora_edu.errors import LoRAError
 from qlora_edu.files.atomic import whole_or_absent
-from qlora_edu.lora import LoRAError
 
 # Fields of PEFT's LoraConfig that say nothing about the product, or only how training began.
 _HARMLESS = {
@@ -48,10 +48,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     from safetensors.torch import save_file
 
     layers, folder = lora_layers(model), Path(folder)
-    settings = {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()}
+    settings = {(layer.r, layer.lora_alpha, layer.lora_dropout.p) for layer in layers.values()}
     if len(settings) != 1:
         raise LoRAError(f"one (r, alpha, dropout) fits in a file; this model has {settings or 0}")
-    ((r, alpha, dropout),) = settings
+    ((r, lora_alpha, lora_dropout),) = settings
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
@@ -63,8 +63,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
         "target_modules": sorted(layers),
         "bias": "none" if not biases else "lora_only" if in_layers else "all",
     }
@@ -93,7 +93,7 @@ def load_adapter(
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-        r, alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
+        r, lora_alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
     _refuse_other_kinds(config)
@@ -101,14 +101,14 @@ def load_adapter(
         raise DamagedAdapterError(f"{folder} holds an empty adapter: not one tensor was saved")
     layers = lora_layers(model)
     others = {
-        name: f"{name} has r={layer.r}, alpha={layer.alpha}"
+        name: f"{name} has r={layer.r}, lora_alpha={layer.lora_alpha}"
         for name, layer in layers.items()
-        if (layer.r, layer.alpha) != (r, alpha)
+        if (layer.r, layer.lora_alpha) != (r, lora_alpha)
     }
     if others:
         raise AdapterMismatchError(
-            f"the adapter has r={r}, alpha={alpha}, but {_list(others.values())}; the outputs "
-            "would be scaled wrongly",
+            f"the adapter has r={r}, lora_alpha={lora_alpha}, but {_list(others.values())}; the "
+            "outputs would be scaled wrongly",
             [f"{PEFT_PREFIX}{name}.{part}.weight" for name in others for part in _PARTS],
         )
     if layers:
@@ -129,7 +129,14 @@ def load_adapter(
             ],
         )
     try:
-        add_lora(model, r, alpha, targets=names, dropout=config.get("lora_dropout", 0.0), bias=bias)
+        add_lora(
+            model,
+            r,
+            lora_alpha,
+            target_modules=names,
+            lora_dropout=config.get("lora_dropout", 0.0),
+            bias=bias,
+        )
         load_adapters(model, tensors, allow_untrained=allow_untrained)
     except Exception:
         remove_lora(model)

@@ -35,14 +35,14 @@ from torch.utils._pytree import tree_leaves
 from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replace_module
 from qlora_edu.blockwise import check_blocksize
 from qlora_edu.double_quant import NESTED_BLOCKSIZE, QuantizedAbsmax
-from qlora_edu.lora import LoRAError
+from qlora_edu.errors import LoRAError, PlanError
 from qlora_edu.qlora import QLoRALinear, replace_linear_layers
 from qlora_edu.quantized import QuantizedTensor, quantize
 
 BLOCKS = 3
 LENGTHS = (128, 256, 512)
 METHODS = ("full", "lora", "qlora", "houlsby")
-STACKS = ("qlora_edu", "bitsandbytes")
+BACKENDS = ("qlora_edu", "bitsandbytes")
 KINDS = ("activations", "logits and loss", "dequantised weights", "workspace", "gradients")
 
 
@@ -57,17 +57,13 @@ WEIGHTS = (
 ROWS = (*WEIGHTS, "optimizer states", "gradients", *KINDS[:-1])
 
 
-class PlanError(ValueError):
-    """A step cannot be planned; the message names the setting, or what the model does."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """What decides which tensors a training step makes; the planner's arguments.
 
-    ``targets`` are the layers with adapters, as for ``find_linear_layers``. ``dtype`` is that of
-    the weights which are not quantised, and of the computation. ``stack`` says whose 4-bit layers
-    and adapters they are: ours, or those of bitsandbytes and PEFT.
+    ``target_modules`` are the layers with adapters, as for ``find_linear_layers``. ``dtype`` is
+    that of the weights which are not quantised, and of the computation. ``backend`` says whose
+    4-bit layers and adapters they are: ours, or those of bitsandbytes and PEFT.
 
     Raises:
         PlanError: naming a setting, its value, and what it should have been.
@@ -76,21 +72,21 @@ class StepSettings:
     method: str = "qlora"
     r: int = 64
     bottleneck: int = 64
-    targets: str | tuple[str, ...] = "all-linear"
-    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = 0.0
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
-    levels: str = "nf4"
+    quant_type: str = "nf4"
     blocksize: int = 64
     double_quant: bool = True
-    checkpointing: bool = True
+    gradient_checkpointing: bool = True
     autocast: bool = False
     padding: bool = False
-    stack: str = "qlora_edu"
+    backend: str = "qlora_edu"
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "stack": STACKS, "device": ("cuda", "cpu")}
+        choices = {"method": METHODS, "backend": BACKENDS, "device": ("cuda", "cpu")}
         choices |= dict.fromkeys(("dtype", "adapter_dtype"), ("float32", "bfloat16", "float16"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -99,8 +95,8 @@ class StepSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not 0 <= self.dropout < 1:
-            raise PlanError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise PlanError(f"dropout must be in [0, 1), not {self.lora_dropout!r}")
 
 
 def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.Module:
@@ -120,15 +116,21 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     except ValueError as error:
         raise PlanError(f"no causal language model can be made of this: {error}") from error
     model.train()
-    if settings.checkpointing:
+    if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         if settings.method == "houlsby":
             add_houlsby(model, settings.bottleneck)
         elif settings.method == "lora":
-            add_lora(model, settings.r, 16, targets=settings.targets, dropout=settings.dropout)
+            add_lora(
+                model,
+                settings.r,
+                16,
+                target_modules=settings.target_modules,
+                lora_dropout=settings.lora_dropout,
+            )
         elif settings.method == "qlora":
-            _LAY[settings.stack](model, settings, fake)
+            _INSTALL[settings.backend](model, settings, fake)
     except LoRAError as error:
         raise PlanError(f"method {settings.method!r} does not fit this model: {error}") from error
     if settings.method != "full":
@@ -138,15 +140,19 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     return model
 
 
-def _lay_ours(model: nn.Module, settings: StepSettings, fake: bool) -> None:
-    arguments = {"r": settings.r, "alpha": 16, "dropout": settings.dropout}
+def _install_ours(model: nn.Module, settings: StepSettings, fake: bool) -> None:
+    arguments = {"r": settings.r, "lora_alpha": 16, "lora_dropout": settings.lora_dropout}
     quantization = {
-        name: getattr(settings, name) for name in ("levels", "blocksize", "double_quant")
+        "levels": settings.quant_type,
+        "blocksize": settings.blocksize,
+        "double_quant": settings.double_quant,
     }
     if not fake:
-        replace_linear_layers(model, targets=settings.targets, **arguments, **quantization)
+        replace_linear_layers(
+            model, target_modules=settings.target_modules, **arguments, **quantization
+        )
         return
-    names = find_linear_layers(model, settings.targets)
+    names = find_linear_layers(model, settings.target_modules)
     model.requires_grad_(False)
     for name in names:
         linear = model.get_submodule(name)
@@ -170,15 +176,15 @@ def pretend_to_quantize(
     return QuantizedTensor(packed, absmax, table, levels, blocksize, weight.shape, weight.dtype)
 
 
-def _lay_theirs(model: nn.Module, settings: StepSettings, fake: bool) -> None:
+def _install_theirs(model: nn.Module, settings: StepSettings, fake: bool) -> None:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
     from peft import LoraConfig, inject_adapter_in_model
 
     from qlora_edu.compat import forbid_cpu_repacking, quiet
 
-    keeping = {"quant_type": settings.levels, "compress_statistics": settings.double_quant}
-    names = find_linear_layers(model, settings.targets)
+    keeping = {"quant_type": settings.quant_type, "compress_statistics": settings.double_quant}
+    names = find_linear_layers(model, settings.target_modules)
     for name in names:
         linear = model.get_submodule(name)
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -196,7 +202,7 @@ def _lay_theirs(model: nn.Module, settings: StepSettings, fake: bool) -> None:
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True
     adapter = LoraConfig(
-        r=settings.r, lora_alpha=16, lora_dropout=settings.dropout, target_modules=names
+        r=settings.r, lora_alpha=16, lora_dropout=settings.lora_dropout, target_modules=names
     )
     with (
         quiet(),
@@ -206,7 +212,7 @@ def _lay_theirs(model: nn.Module, settings: StepSettings, fake: bool) -> None:
     forbid_cpu_repacking(model)
 
 
-_LAY = {"qlora_edu": _lay_ours, "bitsandbytes": _lay_theirs}
+_INSTALL = {"qlora_edu": _install_ours, "bitsandbytes": _install_theirs}
 
 
 def training_loss(model: nn.Module, ids: Tensor, settings: StepSettings) -> Tensor:
@@ -412,7 +418,7 @@ def without_memory(settings: StepSettings) -> Iterator[None]:
     with quiet():
         # Tables that are made at their first use must be real, since they outlive the fake mode.
         quantize(torch.ones(64)).dequantize()
-        if settings.stack == "bitsandbytes":
+        if settings.backend == "bitsandbytes":
             from bitsandbytes.functional import quantize_4bit
 
             quantize_4bit(torch.ones(64), compress_statistics=True)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from qlora_edu.errors import CheckpointError, TrainingError
 from qlora_edu.production.checkpoints import (
-    CheckpointError,
     load_optimizer_state,
     optimizer_state,
     random_state,
@@ -31,12 +31,12 @@ from qlora_edu.production.checkpoints import (
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.run_folder import Measured, save_weights
 from qlora_edu.text.conversations import Conversation
-from qlora_edu.training import TrainingError, generate_answers
+from qlora_edu.training import generate_answers
 
 PROGRESS = "progress.json"
 
 
-class Watch(TrainerCallback):
+class FinetuneCallback(TrainerCallback):
     """Progress, samples, checkpoints, and an end to runs that go wrong.
 
     ``folder`` is where checkpoints go, None for none; ``facts`` go into each manifest.
@@ -145,7 +145,7 @@ class Watch(TrainerCallback):
             text = json.dumps(progress, ensure_ascii=False)
             (part / PROGRESS).write_text(text + "\n", encoding="utf-8")
 
-        keep = self.config.keep_checkpoints
+        keep = self.config.save_total_limit
         save_checkpoint(self.folder, state.global_step, write, self.facts, keep)
 
     def _set_dice(self, processes: int) -> None:

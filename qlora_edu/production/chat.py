@@ -12,13 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_edu.errors import (
+    ConfigError,
+    GenerationError,
+    LoRAError,
+    ModelUnavailableError,
+    UnknownAdapterError,
+)
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.lora import LoRAError
-from qlora_edu.production.config import ConfigError, FinetuneConfig
-from qlora_edu.production.loading import ModelUnavailableError, load_base, locate
-from qlora_edu.production.serving import BASE, AdapterShelf, UnknownAdapterError
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import load_base, locate
+from qlora_edu.production.serving import BASE, AdapterShelf
 from qlora_edu.text.conversations import Message
-from qlora_edu.text.generation import GenerationError, check_sampling, stream_answer
+from qlora_edu.text.generation import check_sampling, stream_answer
 
 ADAPTERS = "data/adapters"
 HELP = """\

@@ -25,14 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_edu.errors import CheckpointError
 from qlora_edu.files.atomic import whole_or_absent
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or used; the message says which, and what to do."""
 
 
 class DamagedFileError(CheckpointError):
@@ -81,14 +78,14 @@ def fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write ``manifest.json``: ``facts``, and the SHA-256 sum of every file in ``folder``."""
     sums = {name: _sum(folder / name) for name in _files(folder)}
     text = json.dumps({**facts, "sha256": sums}, indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_seal(folder: str | Path) -> dict[str, Any]:
+def verify_manifest(folder: str | Path) -> dict[str, Any]:
     """Check every file of ``folder`` against its manifest; returns the facts in the manifest.
 
     Files that the manifest does not list are nobody's concern: a user may add notes.
@@ -138,7 +135,7 @@ def save_checkpoint(
             shutil.rmtree(target)
         with whole_or_absent(target) as part:
             write(part)
-            seal(part, {"step": step, **facts})
+            write_manifest(part, {"step": step, **facts})
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         full = full or "space left" in str(error) or "too large" in str(error)
@@ -172,7 +169,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     faults = []
     for path in reversed(found):
         try:
-            return path, read_seal(path)
+            return path, verify_manifest(path)
         except DamagedFileError as error:
             faults.append(str(error))
             print(f"warning: {path.name} is passed over: {error}")

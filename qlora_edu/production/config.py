@@ -12,14 +12,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_args, get_type_hints
 
+from qlora_edu.errors import ConfigError
+
 CHOICES = {
     "method": ("qlora", "lora", "full"),
-    "levels": ("nf4", "fp4"),
+    "quant_type": ("nf4", "fp4"),
     "compute_dtype": ("float32", "bfloat16"),
     "adapter_dtype": ("float32", "bfloat16"),
     "quant_storage": ("uint8", "bfloat16", "float32"),
-    "optimizer": ("paged_adamw_32bit", "adamw_torch"),
-    "lr_schedule": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "optim": ("paged_adamw_32bit", "adamw_torch"),
+    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
     "chat_template": (None, "guanaco"),
 }
 AT_LEAST_ONE = (
@@ -28,10 +30,6 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = "warmup_steps weight_decay dropout seed save_steps sample_steps"
 POSITIVE = "alpha learning_rate max_grad_norm beta2"
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type or out of range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class FinetuneConfig:
     held_out_data: str
     method: str = "qlora"
     # The 4-bit base (section 3 of the paper).
-    levels: str = "nf4"
+    quant_type: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "bfloat16"
     quant_storage: str = "uint8"
@@ -68,18 +66,18 @@ class FinetuneConfig:
     # such as "q_proj,v_proj".
     target_modules: str = "all-linear"
     r: int = 64
-    alpha: float = 16.0
-    dropout: float = 0.1
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.1
     adapter_dtype: str = "bfloat16"
     # The training (appendix B of the paper).
     max_steps: int = 1875
     batch_size: int = 1
-    gradient_accumulation: int = 16
+    gradient_accumulation_steps: int = 16
     learning_rate: float = 2e-4
-    lr_schedule: str = "constant"
+    lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
-    optimizer: str = "paged_adamw_32bit"
-    beta2: float = 0.999
+    optim: str = "paged_adamw_32bit"
+    adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 0.3
     gradient_checkpointing: bool = True
@@ -96,7 +94,7 @@ class FinetuneConfig:
     # What a run leaves on the way: a checkpoint and two sample answers every so many steps, 0 for
     # none.
     save_steps: int = 100
-    keep_checkpoints: int = 2
+    save_total_limit: int = 2
     sample_steps: int = 0
     output_dir: str | None = None
 
@@ -109,8 +107,8 @@ class FinetuneConfig:
             **dict.fromkeys(AT_LEAST_ONE.split(), (lambda v: v >= 1, "at least 1")),
             **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: v >= 0, "at least 0")),
             **dict.fromkeys(POSITIVE.split(), (lambda v: 0 < v < math.inf, "above 0 and finite")),
-            "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
-            "beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
+            "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
+            "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
             "held_out_rows": (lambda v: v >= 1, "at least 1"),
             "target_modules": (
                 lambda v: all(name.strip() for name in v.split(",")),
@@ -178,7 +176,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name} must be of type {wanted}, not {value!r}")
 
 
-def _guanaco(size: str, learning_rate: float, dropout: float) -> dict[str, Any]:
+def _guanaco(size: str, learning_rate: float, lora_dropout: float) -> dict[str, Any]:
     """The paper's table 9: sizes differ in learning rate and dropout alone."""
     data = "timdettmers/openassistant-guanaco"
     return {
@@ -187,7 +185,7 @@ def _guanaco(size: str, learning_rate: float, dropout: float) -> dict[str, Any]:
         "held_out_data": data,
         "chat_template": "guanaco",
         "learning_rate": learning_rate,
-        "dropout": dropout,
+        "lora_dropout": lora_dropout,
         "answer_rows": 0,  # free conversation has no single right answer to match
     }
 
@@ -200,13 +198,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compute_dtype": "float32",
         "adapter_dtype": "float32",
         "r": 16,
-        "alpha": 32.0,
-        "dropout": 0.0,
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.0,
         "max_steps": 600,
         "batch_size": 8,
-        "gradient_accumulation": 1,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 3e-3,
-        "lr_schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,

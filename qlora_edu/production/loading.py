@@ -12,16 +12,12 @@ import torch
 
 from qlora_edu.adapters import PEFT_PREFIX, AdapterMismatchError, check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
+from qlora_edu.errors import ConfigError, LoRAError, ModelUnavailableError
 from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.lora import LoRAError
-from qlora_edu.production.checkpoints import WrongBaseError, fingerprint, read_seal
-from qlora_edu.production.config import ConfigError, FinetuneConfig
+from qlora_edu.production.checkpoints import WrongBaseError, fingerprint, verify_manifest
+from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import GUANACO_TEMPLATE
-
-
-class ModelUnavailableError(OSError):
-    """The base model is neither in a local folder nor to be had from the Hub."""
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
@@ -32,7 +28,7 @@ def quantization_config(config: FinetuneConfig) -> Any:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=config.levels,
+        bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
         bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
@@ -104,7 +100,7 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
         LoRAError: in the kinds of ``attach_adapter``.
     """
     folder = Path(folder)
-    facts = read_seal(folder)
+    facts = verify_manifest(folder)
     config = FinetuneConfig.from_yaml(folder / "config.yaml")
     if config.method == "full":
         return load_base(config.replace(model=str(folder)))

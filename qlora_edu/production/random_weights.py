@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replace_module
+from qlora_edu.errors import PlanError
 from qlora_edu.memory import MODELS, configuration
-from qlora_edu.planner.fake_step import PlanError, StepSettings
+from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.qlora import QLoRALinear
 
 STANDARD_DEVIATION = 0.02  # Llama's own initializer_range
@@ -101,7 +102,7 @@ def write_random(
 
 
 def build_random(
-    model: Any, settings: StepSettings, device: str = "cpu", alpha: float = 16.0, seed: int = 0
+    model: Any, settings: StepSettings, device: str = "cpu", lora_alpha: float = 16.0, seed: int = 0
 ) -> nn.Module:
     """A model of random weights on ``device``, ready for a training step.
 
@@ -115,8 +116,8 @@ def build_random(
     built = _skeleton(model, settings.dtype)
     built.config.use_cache = False
     if settings.method == "qlora":
-        for name in find_linear_layers(built, settings.targets):
-            replace_module(built, name, _in_4_bits(built, name, settings, device, alpha, seed))
+        for name in find_linear_layers(built, settings.target_modules):
+            replace_module(built, name, _in_4_bits(built, name, settings, device, lora_alpha, seed))
     for name, parameter in list(built.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -124,24 +125,24 @@ def build_random(
             setattr(built.get_submodule(owner), leaf, nn.Parameter(value))
     built.tie_weights()
     built.to(device)  # the buffers: the table of rotary angles
-    return _with_adapters(built, settings, alpha).train()
+    return _with_adapters(built, settings, lora_alpha).train()
 
 
 def _in_4_bits(
-    built: nn.Module, name: str, settings: StepSettings, device: str, alpha: float, seed: int
+    built: nn.Module, name: str, settings: StepSettings, device: str, lora_alpha: float, seed: int
 ) -> nn.Module:
     """Make the weight of one linear layer, quantise it, and forget it."""
     empty = built.get_submodule(name)
     dtype = getattr(torch, settings.dtype)
     weight = random_tensor(f"{name}.weight", empty.weight.shape, dtype, device, seed)
-    if settings.stack == "qlora_edu":
+    if settings.backend == "qlora_edu":
         empty.weight = nn.Parameter(weight, requires_grad=False)
         return QLoRALinear.from_linear(
             empty,
             settings.r,
-            alpha,
-            settings.dropout,
-            levels=settings.levels,
+            lora_alpha,
+            settings.lora_dropout,
+            levels=settings.quant_type,
             blocksize=settings.blocksize,
             double_quant=settings.double_quant,
         )
@@ -153,7 +154,7 @@ def _in_4_bits(
         bias=False,
         compute_dtype=weight.dtype,
         compress_statistics=settings.double_quant,
-        quant_type=settings.levels,
+        quant_type=settings.quant_type,
         device="meta",
     )
     layer.weight = Params4bit(
@@ -161,29 +162,39 @@ def _in_4_bits(
         requires_grad=False,
         blocksize=settings.blocksize,
         compress_statistics=settings.double_quant,
-        quant_type=settings.levels,
+        quant_type=settings.quant_type,
         module=layer,
     ).to(weight.device)
     layer.support_avx512bf16_for_cpu = False
     return layer
 
 
-def _with_adapters(model: nn.Module, settings: StepSettings, alpha: float) -> nn.Module:
+def _with_adapters(model: nn.Module, settings: StepSettings, lora_alpha: float) -> nn.Module:
     if settings.method == "lora":
-        add_lora(model, settings.r, alpha, targets=settings.targets, dropout=settings.dropout)
+        add_lora(
+            model,
+            settings.r,
+            lora_alpha,
+            target_modules=settings.target_modules,
+            lora_dropout=settings.lora_dropout,
+        )
     elif settings.method == "houlsby":
         add_houlsby(model, settings.bottleneck)
     elif settings.method == "qlora":
-        if settings.stack == "bitsandbytes":
+        if settings.backend == "bitsandbytes":
             from peft import LoraConfig, get_peft_model
 
-            targets = settings.targets if isinstance(settings.targets, str) else [*settings.targets]
+            target_modules = (
+                settings.target_modules
+                if isinstance(settings.target_modules, str)
+                else [*settings.target_modules]
+            )
             lora = LoraConfig(
                 task_type="CAUSAL_LM",
                 r=settings.r,
-                lora_alpha=alpha,
-                lora_dropout=settings.dropout,
-                target_modules=targets,
+                lora_alpha=lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=target_modules,
                 bias="none",
             )
             model.is_loaded_in_4bit = True
@@ -191,7 +202,7 @@ def _with_adapters(model: nn.Module, settings: StepSettings, alpha: float) -> nn
         else:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-    if settings.checkpointing:
+    if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if settings.method != "full":
         for parameter in model.parameters():

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 
-from qlora_edu.production.checkpoints import seal
+from qlora_edu.errors import RunExistsError
+from qlora_edu.production.checkpoints import write_manifest
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import Conversation
 
 STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
-
-
-class RunExistsError(FileExistsError):
-    """The run folder is already there, and nothing overwrites it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class FinetuneResult:
         return f"exact match {matches} on {len(self.after.answers)} held-out rows, {ending}"
 
 
-def free_folder(config: FinetuneConfig, resume: bool = False) -> Path:
+def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
     """Where the run will be written: ``output_dir``, or the first free ``runs/<name>``.
 
     To resume, it is ``output_dir``, or the last ``runs/<name>`` that was interrupted.
@@ -146,7 +143,7 @@ def write_run(folder: Path, result: FinetuneResult, facts: dict[str, Any]) -> No
         **{name: version(name) for name in STACK},
     }
     (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
-    seal(folder, facts)
+    write_manifest(folder, facts)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:

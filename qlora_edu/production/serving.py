@@ -17,21 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.compat import quiet
+from qlora_edu.errors import LoRAError, UnknownAdapterError
 from qlora_edu.files.atomic import whole_or_absent
-from qlora_edu.lora import LoRAError
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGES, merge_weight
 from qlora_edu.quantized import QuantizedTensor
 
 BASE = "base"
 """The name of the system without any adapter."""
-
-
-class UnknownAdapterError(KeyError):
-    """No adapter of that name is here; the message says which are."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def merged_tensors(
@@ -123,7 +116,7 @@ def write_merged(
         "merged_into": into,
         "dtype": str(dtype).removeprefix("torch."),
         "r": adapter.r,
-        "alpha": adapter.lora_alpha,
+        "lora_alpha": adapter.lora_alpha,
     }
     with whole_or_absent(folder) as part, quiet():
         plain.save_pretrained(part)

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from qlora_edu.errors import DataError
+
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
 # The layout of the paper's training data (OASST1-Guanaco), for base models without a chat template.
@@ -26,10 +28,6 @@ GUANACO_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
-
-
-class DataError(ValueError):
-    """A data set cannot be used; the message names the file and line, and says what to do."""
 
 
 class Message(TypedDict):

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_edu.errors import GenerationError
 from qlora_edu.text.conversations import Message, encode_prompt
-
-
-class GenerationError(ValueError):
-    """A setting or a prompt that nothing can be generated from; the message says what to do."""
 
 
 class PromptTooLongError(GenerationError):

@@ -144,7 +144,7 @@ def test_the_study_runs_each_way_on_the_device(dry_run, report):
 def test_the_headline_takes_what_the_plan_says_fits(report, model, card, optimizer):
     settings = {"stack": "bitsandbytes", "r": 64, "adapter_dtype": "bfloat16"}
     plan = report.choose_plan(model, card * 10**9, **settings)
-    assert plan.optimizer == optimizer
+    assert plan.optim == optimizer
     assert plan.peak_bytes + report.RESERVE <= card * 10**9
 
 

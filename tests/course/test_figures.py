@@ -96,7 +96,7 @@ def test_token_boxes_are_coloured_by_what_happens_to_them():
     [("qwen2.5-0.5b", "qlora", 8), ("qwen2.5-0.5b", "full", 80), ("llama-65b", "full", 24)],
 )
 def test_budget_bars_add_up_and_the_title_is_the_plan_s_sentence(model, method, card):
-    plan = plan_memory(model, method, batch=2, length=64)
+    plan = plan_memory(model, method, batch_size=2, max_length=64)
     figure = explorers.draw_budget(plan, card)
     (ax,) = figure.axes
     assert ax.get_title(loc="left") == plan.sentence(card)

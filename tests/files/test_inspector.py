@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_edu import quantize
 from qlora_edu.blockwise import DTYPES
-from qlora_edu.codebooks import LEVELS, QuantizationError, affine_int4, get_levels
+from qlora_edu.codebooks import LEVELS, affine_int4, get_levels
 from qlora_edu.course import explorers
 from qlora_edu.course.explorers import chapter_02
+from qlora_edu.errors import QuantizationError
 from qlora_edu.files.inspector import InspectionError, inspect_file, inspect_weight
 from qlora_edu.kernels import dequantize_blockwise, quantize_blockwise, read_back
 

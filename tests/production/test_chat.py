@@ -3,12 +3,12 @@
 import pytest
 
 from qlora_edu.__main__ import main as command_line
+from qlora_edu.errors import GenerationError, UnknownAdapterError
 from qlora_edu.production import chat as chat_module
 from qlora_edu.production.chat import Chat, EmptyMessageError, converse, load_chat, main
 from qlora_edu.production.loading import locate
-from qlora_edu.production.serving import UnknownAdapterError
 from qlora_edu.text.conversations import read_conversations
-from qlora_edu.text.generation import GenerationError, PromptTooLongError
+from qlora_edu.text.generation import PromptTooLongError
 
 ROW = read_conversations(locate("data/tasks/test.jsonl"))[2]
 QUESTION, WANTED = (message["content"] for message in ROW)

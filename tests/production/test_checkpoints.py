@@ -23,13 +23,13 @@ from torch import nn
 
 from qlora_edu import finetune as run_finetune
 from qlora_edu.adapters import AdapterMismatchError, DamagedAdapterError, UntrainedAdapterError
+from qlora_edu.errors import CheckpointError, RunExistsError, TrainingError
 from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.finetuning import main
 from qlora_edu.production import checkpoints as module
 from qlora_edu.production.checkpoints import (
     CannotWriteError,
-    CheckpointError,
     DamagedFileError,
     WrongBaseError,
     checkpoints,
@@ -38,15 +38,14 @@ from qlora_edu.production.checkpoints import (
     load_optimizer_state,
     optimizer_state,
     random_state,
-    read_seal,
     save_checkpoint,
-    seal,
     set_random_state,
+    verify_manifest,
+    write_manifest,
 )
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import attach_adapter, load_run
-from qlora_edu.production.run_folder import RunExistsError, checkpoints_of, free_folder
-from qlora_edu.training import TrainingError
+from qlora_edu.production.run_folder import checkpoints_of, choose_output_dir
 
 STEPS = 12
 
@@ -70,10 +69,10 @@ def make_config(base, data, folder, **changes):
             "train_data": str(data),
             "held_out_data": str(data),
             "r": 8,
-            "dropout": 0.2,
+            "lora_dropout": 0.2,
             "max_steps": STEPS,
             "batch_size": 2,
-            "gradient_accumulation": 2,
+            "gradient_accumulation_steps": 2,
             "warmup_steps": 3,
             "logging_steps": 2,
             "save_steps": 2,
@@ -98,9 +97,9 @@ class Stopped(Exception):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Have runs end at the beginning of a step, right after its checkpoint is written."""
-    from qlora_edu.production.callback import Watch
+    from qlora_edu.production.callback import FinetuneCallback
 
-    original = Watch.on_step_begin
+    original = FinetuneCallback.on_step_begin
 
     def stop(step):
         def on_step_begin(self, args, state, control, **others):
@@ -108,7 +107,7 @@ def stop_at(monkeypatch):
             if state.global_step == step:
                 raise Stopped
 
-        monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
+        monkeypatch.setattr(FinetuneCallback, "on_step_begin", on_step_begin)
 
     yield stop
     monkeypatch.undo()
@@ -179,12 +178,12 @@ def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tm
         process.join()
         seconds = time.perf_counter() - started
     expected = weights(Path(whole.output_dir))
-    dice = random.Random(0)
+    rng = random.Random(0)
     steps_found = set()
     for kill in range(20):
         config = make_config(base, data, tmp_path / f"killed-{kill}", answer_rows=0)
         process = start(config, False)
-        process.join(timeout=seconds * dice.uniform(0.2, 1.0))
+        process.join(timeout=seconds * rng.uniform(0.2, 1.0))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -198,7 +197,7 @@ def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tm
         elif checkpoints_of(folder).exists():  # the kill came between the run and the tidying up
             start(config, True).join()
         assert weights(folder) == expected, f"killed after {config.output_dir}, {steps_found}"
-        assert read_seal(folder)["base_sha256"] == fingerprint(base)
+        assert verify_manifest(folder)["base_sha256"] == fingerprint(base)
         left = [path.name for path in tmp_path.iterdir() if f"killed-{kill}" in path.name]
         assert left == [f"killed-{kill}"]  # no half-written folder stays behind
     assert len(steps_found) >= 4, steps_found  # the kills came at different points of the run
@@ -210,10 +209,10 @@ def test_what_was_killed_while_tidying_up_has_come_to_its_end(base, data, tmp_pa
     folder.mkdir(parents=True)
     checkpoints_of(folder).mkdir()
     with pytest.raises(RunExistsError, match="overwrites nothing"):
-        free_folder(config)
+        choose_output_dir(config)
     assert checkpoints_of(folder).exists()
     with pytest.raises(RunExistsError, match="had come to its end"):
-        free_folder(config, resume=True)
+        choose_output_dir(config, resume=True)
     assert folder.exists() and not checkpoints_of(folder).exists()
 
 
@@ -366,14 +365,14 @@ def test_any_flipped_bit_is_found(content, place):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "file").write_bytes(content)
-        seal(folder, {"step": 1})
-        assert read_seal(folder) == {"step": 1}
+        write_manifest(folder, {"step": 1})
+        assert verify_manifest(folder) == {"step": 1}
         bit = place.draw(st.integers(0, 8 * len(content) - 1))
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         (folder / "file").write_bytes(changed)
         with pytest.raises(DamagedFileError, match="file is not the file that was written"):
-            read_seal(folder)
+            verify_manifest(folder)
 
 
 # Another run's checkpoint
@@ -451,16 +450,16 @@ def test_the_command_line_resumes(config, stop_at, uninterrupted, tmp_path, caps
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
     config, monkeypatch
 ):
-    from qlora_edu.production.callback import Watch
+    from qlora_edu.production.callback import FinetuneCallback
 
-    original = Watch.on_step_end
+    original = FinetuneCallback.on_step_end
 
     def poison(self, args, state, control, model, **others):
         original(self, args, state, control, model, **others)
         if state.global_step == 6:
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
-    monkeypatch.setattr(Watch, "on_step_end", poison)
+    monkeypatch.setattr(FinetuneCallback, "on_step_end", poison)
     with pytest.raises(TrainingError, match="the loss is nan at step 8"):
         run_finetune(config, progress=False)
     saved = checkpoints_of(Path(config.output_dir))
@@ -506,7 +505,7 @@ except CannotWriteError as error:
 def test_a_disk_that_refuses_ends_a_run_that_can_be_resumed(
     config, uninterrupted, monkeypatch, error, says
 ):
-    real = module.seal
+    real = module.write_manifest
 
     def refuse(folder, facts):
         if facts.get("step") == 6:

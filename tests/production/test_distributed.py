@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny import make_base, make_rows, write_jsonl
 
+from qlora_edu.errors import ConfigError
 from qlora_edu.finetuning import main, trainer_settings
-from qlora_edu.production.config import ConfigError, FinetuneConfig
+from qlora_edu.production.config import FinetuneConfig
 
 LAUNCH = Path(__file__).resolve().parents[2] / "data" / "launch"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
@@ -52,7 +53,7 @@ def settings_file(base, data, folder, name, **changes):
         r=8,
         max_steps=8,
         batch_size=2,
-        gradient_accumulation=4,
+        gradient_accumulation_steps=4,
         logging_steps=1,
         held_out_rows=4,
         answer_rows=0,
@@ -88,8 +89,8 @@ def test_two_processes_train_as_one(base, data, tmp_path):
 
 def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    config = FinetuneConfig.from_preset("embedded", gradient_accumulation=4)
-    with pytest.raises(ConfigError, match="gradient_accumulation=4 cannot be shared by 3"):
+    config = FinetuneConfig.from_preset("embedded", gradient_accumulation_steps=4)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=4 cannot be shared by 3"):
         trainer_settings(config, tmp_path)
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from qlora_edu import finetune as run_finetune
 from qlora_edu.__main__ import main
+from qlora_edu.errors import PlanError
 from qlora_edu.memory import plan_memory
-from qlora_edu.planner.fake_step import PlanError, StepSettings
+from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base
 from qlora_edu.production.random_weights import build_random, random_tensor, write_random
@@ -88,7 +89,7 @@ def test_nothing_is_overwritten_and_unknown_models_are_named(folder, tmp_path, c
 def test_layer_by_layer_or_at_once_is_the_same_base(folder, stack):
     from bitsandbytes.functional import dequantize_4bit
 
-    built = build_random(SMALL, StepSettings(stack=stack, checkpointing=False, **CPU))
+    built = build_random(SMALL, StepSettings(backend=stack, gradient_checkpointing=False, **CPU))
     loaded, _ = load_base(FinetuneConfig.from_preset("embedded", model=str(folder)))
     for name, layer in loaded.named_modules():
         if name.endswith("proj"):
@@ -107,7 +108,7 @@ def test_layer_by_layer_or_at_once_is_the_same_base(folder, stack):
 def test_a_repeated_batch_is_learned(method, stack):
     if stack == "bitsandbytes" and method != "qlora":
         return
-    settings = StepSettings(method=method, stack=stack, **CPU)
+    settings = StepSettings(method=method, backend=stack, **CPU)
     model = build_random(SMALL, settings)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert not any(p.is_meta for p in model.parameters())
@@ -145,7 +146,7 @@ def test_only_one_layer_at_a_time_stands_in_16_bits(monkeypatch):
 def test_what_is_built_is_what_is_planned():
     """The planner counts held bytes of a model of this shape: the two must be one."""
     settings = StepSettings(**CPU)
-    plan = plan_memory(SMALL, "qlora", batch=1, length=32, **CPU)
+    plan = plan_memory(SMALL, "qlora", batch_size=1, max_length=32, **CPU)
     from qlora_edu.planner.fake_step import weigh
 
     weighed = weigh(build_random(SMALL, settings))

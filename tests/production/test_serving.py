@@ -11,16 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_edu.adapters import AdapterMismatchError, DamagedAdapterError
+from qlora_edu.errors import LoRAError, UnknownAdapterError
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.lora import LoRAError
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import attach_adapter, load_base, locate
-from qlora_edu.production.serving import (
-    AdapterShelf,
-    UnknownAdapterError,
-    merged_tensors,
-    write_merged,
-)
+from qlora_edu.production.serving import AdapterShelf, merged_tensors, write_merged
 from qlora_edu.quantized import QuantizedTensor
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

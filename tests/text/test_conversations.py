@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer, write_jsonl
 
+from qlora_edu.errors import DataError
 from qlora_edu.text.conversations import (
     GUANACO_TEMPLATE,
     IGNORED,
     Conversation,
-    DataError,
     encode_conversation,
     encode_conversations,
     encode_prompt,

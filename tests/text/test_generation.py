@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from qlora_edu.errors import GenerationError
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import attach_adapter, load_base, locate
 from qlora_edu.text.conversations import read_conversations
 from qlora_edu.text.generation import (
-    GenerationError,
     PromptTooLongError,
     generate_tokens,
     next_token_probabilities,

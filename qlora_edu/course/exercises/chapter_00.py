@@ -33,14 +33,14 @@ def snap_to_levels(weights: Tensor, levels: Tensor) -> Tensor:
     return levels[codes] * absmax
 
 
-def adapted_output(x: Tensor, W: Tensor, A: Tensor, B: Tensor, alpha: float, r: int) -> Tensor:
+def adapted_output(x: Tensor, W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
     """``x`` ``[tokens, in]`` through ``W`` ``[out, in]`` and its adapter: ``[tokens, out]``.
 
     >>> one = torch.ones(1, 1)
-    >>> adapted_output(one, one, one, one, alpha=8, r=4)
+    >>> adapted_output(one, one, one, one, lora_alpha=8, r=4)
     tensor([[3.]])
     """
-    return x @ W.T + (alpha / r) * (x @ A.T @ B.T)
+    return x @ W.T + (lora_alpha / r) * (x @ A.T @ B.T)
 
 
 def trained_parameters(shapes: list[tuple[int, int]], r: int) -> int:
@@ -171,7 +171,7 @@ def _adapted_layer(random: torch.Generator) -> Sequence[Case]:
             "W": normal(4, 6),
             "A": normal(2, 6),
             "B": normal(4, 2),
-            "alpha": 8.0,
+            "lora_alpha": 8.0,
             "r": 2,
         },
         {
@@ -179,7 +179,7 @@ def _adapted_layer(random: torch.Generator) -> Sequence[Case]:
             "W": normal(4, 4),
             "A": normal(4, 4),
             "B": normal(4, 4),
-            "alpha": 6.0,
+            "lora_alpha": 6.0,
             "r": 4,
         },
     ]
@@ -192,22 +192,22 @@ ex_0_3 = Check(
     mistakes=(
         Mistake(
             "alpha alone",
-            lambda x, W, A, B, alpha, r: x @ W.T + alpha * (x @ A.T @ B.T),
+            lambda x, W, A, B, lora_alpha, r: x @ W.T + lora_alpha * (x @ A.T @ B.T),
             "that scales by α; LoRA scales by α/r, so that r can change and the loudness stays",
         ),
         Mistake(
             "no scaling",
-            lambda x, W, A, B, alpha, r: x @ W.T + x @ A.T @ B.T,
+            lambda x, W, A, B, lora_alpha, r: x @ W.T + x @ A.T @ B.T,
             "the factor α/r is missing",
         ),
         Mistake(
             "adapter alone",
-            lambda x, W, A, B, alpha, r: (alpha / r) * (x @ A.T @ B.T),
+            lambda x, W, A, B, lora_alpha, r: (lora_alpha / r) * (x @ A.T @ B.T),
             "that is the lower road alone; the frozen W x must be added",
         ),
         Mistake(
             "r over alpha",
-            lambda x, W, A, B, alpha, r: x @ W.T + (r / alpha) * (x @ A.T @ B.T),
+            lambda x, W, A, B, lora_alpha, r: x @ W.T + (r / lora_alpha) * (x @ A.T @ B.T),
             "the factor is upside down: α/r, not r/α",
         ),
     ),

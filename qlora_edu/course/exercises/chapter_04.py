@@ -260,7 +260,7 @@ ex_4_4 = Check(
 
 
 def repaired_forward(
-    x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, alpha: float, keep: Tensor
+    x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, lora_alpha: float, keep: Tensor
 ) -> Tensor:
     """Return `W x + bias + α/r · B A (keep · x)` for every row of `x` `[tokens, in]`.
 
@@ -268,7 +268,7 @@ def repaired_forward(
     >>> repaired_forward(one, one, one[0], one, one, 2.0, 0 * one)
     tensor([[2.]])
     """
-    return x @ W.T + bias + alpha / len(A) * ((x * keep) @ A.T @ B.T)
+    return x @ W.T + bias + lora_alpha / len(A) * ((x * keep) @ A.T @ B.T)
 
 
 def _broken(
@@ -277,14 +277,14 @@ def _broken(
     bias: Tensor,
     A: Tensor,
     B: Tensor,
-    alpha: float,
+    lora_alpha: float,
     keep: Tensor,
     dropped_base: bool = False,
     scaled_base: bool = False,
     undivided: bool = False,
 ) -> Tensor:
     """The version of the notebook, each fault by itself."""
-    scaling = alpha if undivided else alpha / len(A)
+    scaling = lora_alpha if undivided else lora_alpha / len(A)
     result = (x * keep if dropped_base else x) @ W.T + bias
     change = (x * keep) @ A.T @ B.T
     return (result + change) * scaling if scaled_base else result + scaling * change
@@ -293,12 +293,12 @@ def _broken(
 def _layers(random: torch.Generator) -> list[Case]:
     """Layers that are not square, with half of the inputs dropped."""
     cases = []
-    for tokens, into, out, r, alpha in ((3, 6, 4, 2, 8.0), (5, 4, 7, 3, 1.5)):
+    for tokens, into, out, r, lora_alpha in ((3, 6, 4, 2, 8.0), (5, 4, 7, 3, 1.5)):
         shapes = {"x": (tokens, into), "W": (out, into), "bias": (out,), "A": (r, into)}
         case = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
         case["B"] = torch.randn(out, r, generator=random)
         kept = torch.rand(tokens, into, generator=random) < 0.5
-        cases.append(case | {"alpha": alpha, "keep": 2.0 * kept})
+        cases.append(case | {"lora_alpha": lora_alpha, "keep": 2.0 * kept})
     return cases
 
 
@@ -336,8 +336,8 @@ ex_4_5 = Check(
         ),
         Mistake(
             "dropout on the output",
-            lambda x, W, bias, A, B, alpha, keep: (
-                x @ W.T + bias + alpha / len(A) * (x @ A.T @ B.T) * keep[:, :1]
+            lambda x, W, bias, A, B, lora_alpha, keep: (
+                x @ W.T + bias + lora_alpha / len(A) * (x @ A.T @ B.T) * keep[:, :1]
             ),
             "`keep` has the shape of the input, one factor for each number that goes into A",
         ),
@@ -364,10 +364,10 @@ def my_adapter() -> tuple[str, int, float]:
 
 
 def _targets(answer: tuple) -> set[str]:
-    targets = answer[0]
-    if targets == "all-linear":
+    target_modules = answer[0]
+    if target_modules == "all-linear":
         return set(SHAPES)
-    return {targets} if isinstance(targets, str) else set(targets)
+    return {target_modules} if isinstance(target_modules, str) else set(target_modules)
 
 
 def _trained(answer: tuple) -> int:

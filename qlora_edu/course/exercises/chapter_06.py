@@ -145,7 +145,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "a": {"model": "llama-7b", "method": "full", "batch": 2, "length": 256},
     "b": {"model": "llama-3-8b", "method": "qlora", "batch": 4, "length": 512},
     "c": {"model": "llama-7b", "method": "qlora", "batch": 2, "length": 64},
-    "d": {"model": "llama-2-70b", "method": "lora", "r": 8, "batch": 2, "length": 2048},
+    "d": {"model": "llama-2-70b", "method": "lora", "r": 8, "batch_size": 2, "max_length": 2048},
 }
 """The four steps of exercise 6.3."""
 
@@ -231,7 +231,7 @@ class Dropping(nn.Module):
 
 
 def recomputed_gradient(
-    block: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, dice: Tensor
+    block: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, rng_state: Tensor
 ) -> Tensor:
     """The gradient of a block's input, from a second forward pass with the same dice.
 
@@ -241,37 +241,37 @@ def recomputed_gradient(
     """
     x = x.detach().requires_grad_()
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(dice)
+        torch.set_rng_state(rng_state)
         y = block(x)
     y.backward(grad_y)
     return x.grad
 
 
-def _with_dice(block: Callable, x: Tensor, dice: Tensor) -> tuple[Tensor, Tensor]:
+def _with_dice(block: Callable, x: Tensor, rng_state: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.detach().requires_grad_()
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(dice)
+        torch.set_rng_state(rng_state)
         return leaf, block(leaf)
 
 
-def _ones_for_gradient(block: Callable, x: Tensor, grad_y: Tensor, dice: Tensor) -> Tensor:
-    leaf, y = _with_dice(block, x, dice)
+def _ones_for_gradient(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
+    leaf, y = _with_dice(block, x, rng_state)
     y.sum().backward()
     return leaf.grad
 
 
-def _other_dice(block: Callable, x: Tensor, grad_y: Tensor, dice: Tensor) -> Tensor:
+def _other_dice(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
     leaf, y = _with_dice(block, x, torch.Generator().manual_seed(1).get_state())
     y.backward(grad_y)
     return leaf.grad
 
 
-def _rolled(block: Callable, x: Tensor, grad_y: Tensor, dice: Tensor) -> Tensor:
-    leaf, y = _with_dice(block, x, dice)
+def _rolled(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
+    leaf, y = _with_dice(block, x, rng_state)
     return y.detach() * grad_y
 
 
-def _no_dropout(block: Callable, x: Tensor, grad_y: Tensor, dice: Tensor) -> Tensor:
+def _no_dropout(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
     weight = block.weight.detach()
     leaf = x.detach().requires_grad_()
     torch.tanh(leaf @ weight.T).backward(grad_y)
@@ -297,7 +297,7 @@ def _roll_cases(random: torch.Generator) -> list[Case]:
             "block": Dropping(),
             "x": torch.randn(3, 6, generator=random),
             "grad_y": torch.randn(3, 6, generator=random),
-            "dice": torch.Generator().manual_seed(seed).get_state(),
+            "rng_state": torch.Generator().manual_seed(seed).get_state(),
         }
         for seed in (5, 6)
     ]
@@ -433,7 +433,12 @@ ex_6_5 = Check(
 CARD_GB = 24
 PROPOSALS: dict[str, dict[str, Any]] = {
     "Anna": {"method": "full", "batch": 1, "length": 2048},
-    "Bela": {"method": "qlora", "batch": 2, "length": 2048, "checkpointing": False},
+    "Bela": {
+        "method": "qlora",
+        "batch_size": 2,
+        "max_length": 2048,
+        "gradient_checkpointing": False,
+    },
     "Cleo": {"method": "qlora", "batch": 4, "length": 512},
     "Dora": {"method": "qlora", "batch": 16, "length": 2048},
 }
@@ -499,7 +504,7 @@ ex_6_6 = OpenCheck(
             lambda: PROPOSALS["Bela"],
             "without checkpointing every block keeps its activations: see plan.table(), forward",
             lambda case, run, _: (
-                not run.get("checkpointing", True)
+                not run.get("gradient_checkpointing", True)
                 and not _plan(run).peak_bytes <= CARD_GB * GIB - RESERVE
             ),
         ),

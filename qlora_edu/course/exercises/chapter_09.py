@@ -38,13 +38,13 @@ def completion_labels(input_ids: Tensor, prompt_length: int, attention_mask: Ten
     return labels
 
 
-def merged_weight(W: Tensor, A: Tensor, B: Tensor, alpha: float, r: int) -> Tensor:
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
     """``W + ΔW``, ``[out, in]``.
 
-    >>> merged_weight(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), alpha=2, r=1)
+    >>> merged_weight(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), lora_alpha=2, r=1)
     tensor([[2., 2.]])
     """
-    return W + (alpha / r) * (B @ A)
+    return W + (lora_alpha / r) * (B @ A)
 
 
 def smallest_card(
@@ -59,16 +59,16 @@ def smallest_card(
     return min((card for card in cards if card >= needed), default=None)
 
 
-def resumes_to_the_same(saved: Sequence[str], optimizer: str, dropout: float) -> bool:
+def resumes_to_the_same(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
     """Does a run that kept only ``saved`` end as if it had not been interrupted?
 
-    >>> resumes_to_the_same(("adapter", "step"), optimizer="sgd", dropout=0.0)
+    >>> resumes_to_the_same(("adapter", "step"), optimizer="sgd", lora_dropout=0.0)
     True
     """
     needed = {"adapter", "step"}
     if optimizer == "adamw":
         needed.add("optimizer")
-    if dropout > 0:
+    if lora_dropout > 0:
         needed.add("dice")
     return needed <= set(saved)
 
@@ -197,8 +197,8 @@ def _adapters(random: torch.Generator) -> Sequence[Case]:
         return torch.randn(*shape, generator=random)
 
     return [
-        {"W": normal(4, 4), "A": normal(2, 4), "B": normal(4, 2), "alpha": 8.0, "r": 2},
-        {"W": normal(3, 3), "A": normal(3, 3), "B": normal(3, 3), "alpha": 2.0, "r": 3},
+        {"W": normal(4, 4), "A": normal(2, 4), "B": normal(4, 2), "lora_alpha": 8.0, "r": 2},
+        {"W": normal(3, 3), "A": normal(3, 3), "B": normal(3, 3), "lora_alpha": 2.0, "r": 3},
     ]
 
 
@@ -209,28 +209,28 @@ ex_9_3 = Check(
     mistakes=(
         Mistake(
             "transposed product, alpha alone",
-            lambda W, A, B, alpha, r: W + alpha * (A.T @ B.T),
+            lambda W, A, B, lora_alpha, r: W + lora_alpha * (A.T @ B.T),
             "that is still the colleague's: AᵀBᵀ is (BA)ᵀ, and the factor is α, not α/r",
         ),
         Mistake(
             "alpha alone",
-            lambda W, A, B, alpha, r: W + alpha * (B @ A),
+            lambda W, A, B, lora_alpha, r: W + lora_alpha * (B @ A),
             "the product is right now; the factor is α/r, not α",
         ),
         Mistake(
             "transposed product",
-            lambda W, A, B, alpha, r: W + (alpha / r) * (A.T @ B.T),
+            lambda W, A, B, lora_alpha, r: W + (lora_alpha / r) * (A.T @ B.T),
             "the factor is right now; AᵀBᵀ is (BA)ᵀ, [in, out], which nobody notices while W "
             "is square",
         ),
         Mistake(
             "base left out",
-            lambda W, A, B, alpha, r: (alpha / r) * (B @ A),
+            lambda W, A, B, lora_alpha, r: (lora_alpha / r) * (B @ A),
             "that is ΔW; the merged weight is W + ΔW",
         ),
         Mistake(
             "root of r",
-            lambda W, A, B, alpha, r: W + (alpha / r**0.5) * (B @ A),
+            lambda W, A, B, lora_alpha, r: W + (lora_alpha / r**0.5) * (B @ A),
             "α/√r is another method (rsLoRA); this adapter was trained with α/r",
         ),
     ),
@@ -307,21 +307,21 @@ ex_9_4 = Check(
 
 
 def _checkpoints(random: torch.Generator) -> Sequence[Case]:
-    names = ("saved", "optimizer", "dropout")
+    names = ("saved", "optimizer", "lora_dropout")
     everything = ("adapter", "optimizer", "step", "dice")
     without = [tuple(part for part in everything if part != left_out) for left_out in everything]
     return [
-        dict(zip(names, (saved, optimizer, dropout), strict=True))
+        dict(zip(names, (saved, optimizer, lora_dropout), strict=True))
         for saved in (everything, *without, ("adapter", "step"))
         for optimizer in ("adamw", "sgd")
-        for dropout in (0.0, 0.1)
+        for lora_dropout in (0.0, 0.1)
     ]
 
 
-def _needs(*always: str, adamw: str = "optimizer", dice: bool = True) -> Any:
-    def wrong(saved: Sequence[str], optimizer: str, dropout: float) -> bool:
+def _needs(*always: str, adamw: str = "optimizer", rng_state: bool = True) -> Any:
+    def wrong(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
         needed = set(always) | ({adamw} if optimizer == "adamw" else set())
-        return needed | ({"dice"} if dice and dropout > 0 else set()) <= set(saved)
+        return needed | ({"dice"} if rng_state and lora_dropout > 0 else set()) <= set(saved)
 
     return wrong
 
@@ -333,7 +333,7 @@ ex_9_5 = Check(
     mistakes=(
         Mistake(
             "the adapter is enough",
-            _needs("adapter", adamw="adapter", dice=False),
+            _needs("adapter", adamw="adapter", rng_state=False),
             "AdamW begins again with empty means, and its first steps have another size",
         ),
         Mistake(
@@ -344,7 +344,7 @@ ex_9_5 = Check(
         ),
         Mistake(
             "no dice",
-            _needs("adapter", "step", dice=False),
+            _needs("adapter", "step", rng_state=False),
             "with dropout, other dice switch other numbers off",
         ),
         Mistake(
@@ -392,7 +392,7 @@ ex_9_6 = OpenCheck(
         ),
         Mistake(
             "two changes",
-            lambda: _preset(r=2, alpha=4.0),
+            lambda: _preset(r=2, lora_alpha=4.0),
             "more than one setting is changed; you will not know which of them did it",
             lambda case, config, _: len(_changed(config)) > 1,
         ),

@@ -18,7 +18,7 @@ from qlora_edu.memory import LLAMA_SHAPES, adapter_parameters, llama_parameters,
 RANKS = (8, 16, 32, 64, 128, 256)
 
 
-def render_training_memory(size: str = "7B", rank: int = 64) -> bytes:
+def render_training_memory(size: str = "7B", r: int = 64) -> bytes:
     """Memory of four ways to fine-tune a LLaMA, as PNG bytes.
 
     Raises:
@@ -27,7 +27,7 @@ def render_training_memory(size: str = "7B", rank: int = 64) -> bytes:
     >>> render_training_memory("13B", 16)[:4]
     b'\\x89PNG'
     """
-    return figure_png(draw_training_memory(size, rank))
+    return figure_png(draw_training_memory(size, r))
 
 
 def memory_explorer() -> Explorer:
@@ -35,7 +35,7 @@ def memory_explorer() -> Explorer:
     return Explorer(
         render_training_memory,
         size=Dropdown(options=list(LLAMA_SHAPES), value="7B", description="LLaMA"),
-        rank=SelectionSlider(options=RANKS, value=64, description="rank r"),
+        r=SelectionSlider(options=RANKS, value=64, description="rank r"),
     )
 
 
@@ -208,7 +208,7 @@ METHODS = {
 }
 
 
-def training_gigabytes(size: str, method: str, rank: int = 64) -> dict[str, float]:
+def training_gigabytes(size: str, method: str, r: int = 64) -> dict[str, float]:
     """Memory of weights, trained adapters, gradients and Adam's two states, in GB (10⁹ bytes).
 
     Activations are left out: they depend on batch and length. Adam keeps two float32 numbers for
@@ -222,7 +222,7 @@ def training_gigabytes(size: str, method: str, rank: int = 64) -> dict[str, floa
     """
     linear, rest = llama_parameters(size)
     bits = {"full": 16, "lora": 16, "lora8": 8, "qlora": nf4_bits_per_weight()}[method]
-    trained, width = (linear + rest, 2) if method == "full" else (adapter_parameters(size, rank), 4)
+    trained, width = (linear + rest, 2) if method == "full" else (adapter_parameters(size, r), 4)
     return {
         "weights": (linear * bits / 8 + rest * 2) / 1e9,
         "adapters": 0.0 if method == "full" else trained * width / 1e9,
@@ -231,7 +231,7 @@ def training_gigabytes(size: str, method: str, rank: int = 64) -> dict[str, floa
     }
 
 
-def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
+def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
     """Four ways to fine-tune one LLaMA, as bars of memory against the sizes of cards.
 
     >>> figure = draw_training_memory("65B")
@@ -247,7 +247,7 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
         "optimizer": ("#FBE7C2", "////"),
     }
     for row, method in enumerate(reversed(METHODS)):
-        parts = training_gigabytes(size, method, rank)
+        parts = training_gigabytes(size, method, r)
         quantised = method in ("lora8", "qlora")
         weights = PALETTE["quantized" if quantised else "base" if method == "lora" else "adapter"]
         left = 0.0
@@ -310,8 +310,8 @@ def draw_training_memory(size: str = "7B", rank: int = 64) -> Figure:
         columnspacing=1.2,
         handlelength=1.4,
     )
-    smallest = sum(training_gigabytes(size, "qlora", rank).values())
-    ax.set_title(f"LLaMA-{size} at r = {rank}: QLoRA needs {smallest:.1f} GB before activations")
+    smallest = sum(training_gigabytes(size, "qlora", r).values())
+    ax.set_title(f"LLaMA-{size} at r = {r}: QLoRA needs {smallest:.1f} GB before activations")
     ax.set_xlabel("GB (10⁹ bytes); dashed: cards; activations are not counted")
     return figure
 

@@ -36,62 +36,62 @@ def synthetic_update(noise: float) -> tuple[Tensor, Tensor]:
     return signal + noise * entries, signal
 
 
-def low_rank_errors(noise: float, rank: int, scaling: float = 1.0) -> tuple[float, float]:
+def low_rank_errors(noise: float, r: int, scaling: float = 1.0) -> tuple[float, float]:
     """Relative error of `scaling · B · A` against the change, and against its signal.
 
     >>> [round(error, 6) for error in low_rank_errors(0.0, rank=6)]
     [0.0, 0.0]
     """
     wanted, signal = synthetic_update(noise)
-    B, A = low_rank_factors(wanted, rank)
+    B, A = low_rank_factors(wanted, r)
     applied = scaling * B @ A
     return tuple(((applied - aim).norm() / aim.norm()).item() for aim in (wanted, signal))
 
 
-def _draw_directions(ax: Axes, noise: float, rank: int, scaling: float) -> None:
+def _draw_directions(ax: Axes, noise: float, r: int, scaling: float) -> None:
     sizes = torch.linalg.svdvals(synthetic_update(noise)[0]).tolist()
-    colors = [PALETTE["adapter" if i < rank else "base"] for i in range(SIZE)]
+    colors = [PALETTE["adapter" if i < r else "base"] for i in range(SIZE)]
     ax.bar(range(1, SIZE + 1), sizes, color=colors, width=0.8)
-    applied = [scaling * size for size in sizes[:rank]]
+    applied = [scaling * size for size in sizes[:r]]
     top = 1.25 * sizes[0]
     shown = [(i, size) for i, size in enumerate(applied, start=1) if size <= top]
     if scaling != 1 and shown:
         ax.plot(*zip(*shown, strict=True), "_", color=PALETTE["highlight"], mew=2, markersize=8)
     words = f"pink: as applied, times α/r = {scaling:.3g}" if scaling != 1 else "α/r = 1"
-    if len(shown) < rank:
-        words += f"\n({rank - len(shown)} above the axis)"
+    if len(shown) < r:
+        words += f"\n({r - len(shown)} above the axis)"
     ax.text(SIZE, 0.97 * top, words, ha="right", va="top", color=PALETTE["highlight"])
     ax.text(SIZE, 0.80 * top, "kept", ha="right", color=PALETTE["adapter"])
     ax.text(SIZE, 0.73 * top, "dropped", ha="right", color=PALETTE["base"])
     ax.set(xlabel="direction", ylabel="singular value of ΔW", ylim=(0, top), xlim=(0, SIZE + 1))
-    kept = energy_kept(torch.tensor(sizes))[rank - 1].item()
-    ax.set_title(f"{rank} of {SIZE} directions hold {kept:.1%} of the energy", fontsize=11)
+    kept = energy_kept(torch.tensor(sizes))[r - 1].item()
+    ax.set_title(f"{r} of {SIZE} directions hold {kept:.1%} of the energy", fontsize=11)
 
 
-def _draw_errors(ax: Axes, noise: float, rank: int, scaling: float) -> None:
+def _draw_errors(ax: Axes, noise: float, r: int, scaling: float) -> None:
     ranks = range(1, 33)
     of_change, of_signal = zip(*(low_rank_errors(noise, r) for r in ranks), strict=True)
     ax.plot(ranks, of_change, color=PALETTE["ink"])
     ax.plot(ranks, of_signal, color=PALETTE["ink"], linestyle="--")
     ax.text(32, 1.28, "dashed: against the signal alone", ha="right", color=PALETTE["ink"])
     ax.text(32, 1.38, "solid: against ΔW, at α = r", ha="right", color=PALETTE["ink"])
-    for error in low_rank_errors(noise, rank, scaling):
+    for error in low_rank_errors(noise, r, scaling):
         inside = error <= _TOP - 0.06
         mark = {"marker": "o", "mfc": "none"} if inside else {"marker": "^"}
         ax.plot(
-            rank,
+            r,
             min(error, _TOP - 0.06),
             color=PALETTE["highlight"],
             mew=2.5,
             markersize=13,
             **mark,
         )
-    numbers = rank * (SIZE + SIZE)
+    numbers = r * (SIZE + SIZE)
     ax.set_title(f"r(in + out) = {numbers:,} numbers for {SIZE * SIZE:,}", fontsize=11)
     ax.set(xlabel="rank r", ylabel="relative error", xlim=(0, 33), ylim=(0, _TOP))
 
 
-def render_low_rank(rank: int = 8, alpha: float = 8, noise: float = 0.15) -> bytes:
+def render_low_rank(r: int = 8, lora_alpha: float = 8, noise: float = 0.15) -> bytes:
     """Draw a change of weights by its directions, and what `α/r · B · A` of a given rank misses.
 
     `B` and `A` are the best of their rank for `α = r`. Another `α` then applies them too loudly or
@@ -102,15 +102,15 @@ def render_low_rank(rank: int = 8, alpha: float = 8, noise: float = 0.15) -> byt
         alpha: the `α` with which `B` and `A` are applied.
         noise: standard deviation of the noise in each entry of the change.
 
-    >>> render_low_rank(rank=2, alpha=64)[:4]
+    >>> render_low_rank(rank=2, lora_alpha=64)[:4]
     b'\\x89PNG'
     """
     noise = round(noise, 3)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2))
-    _draw_directions(left, noise, rank, alpha / rank)
-    _draw_errors(right, noise, rank, alpha / rank)
-    error, _ = low_rank_errors(noise, rank, alpha / rank)
-    figure.suptitle(f"r = {rank}, α = {alpha:g}: relative error {error:.3g}", x=0.01, ha="left")
+    _draw_directions(left, noise, r, lora_alpha / r)
+    _draw_errors(right, noise, r, lora_alpha / r)
+    error, _ = low_rank_errors(noise, r, lora_alpha / r)
+    figure.suptitle(f"r = {r}, α = {lora_alpha:g}: relative error {error:.3g}", x=0.01, ha="left")
     return figure_png(figure)
 
 
@@ -122,7 +122,7 @@ def lora_explorer() -> Explorer:
     """
     return Explorer(
         render_low_rank,
-        rank=IntSlider(8, min=1, max=32, description="rank r"),
-        alpha=SelectionSlider(options=ALPHAS, value=8, description="α"),
+        r=IntSlider(8, min=1, max=32, description="rank r"),
+        lora_alpha=SelectionSlider(options=ALPHAS, value=8, description="α"),
         noise=FloatSlider(0.15, min=0, max=0.3, step=0.05, description="noise"),
     )

@@ -33,18 +33,16 @@ def _layer(blocksize: int) -> tuple[Tensor, QuantizedTensor, Tensor]:
 
 
 @cache
-def _direction(rank: int) -> Tensor:
+def _direction(r: int) -> Tensor:
     """A product B · A of normal matrices, scaled to a root mean square of 1."""
-    generator = torch.Generator().manual_seed(rank)
-    update = torch.randn(SIDE, rank, generator=generator)
-    update = update @ torch.randn(rank, SIDE, generator=generator)
+    generator = torch.Generator().manual_seed(r)
+    update = torch.randn(SIDE, r, generator=generator)
+    update = update @ torch.randn(r, SIDE, generator=generator)
     return update / update.square().mean().sqrt()
 
 
 @cache
-def merge_outcome(
-    into: str, size: float, rank: int = 16, blocksize: int = 64
-) -> tuple[float, float]:
+def merge_outcome(into: str, size: float, r: int = 16, blocksize: int = 64) -> tuple[float, float]:
     """Merge an update into a normal weight of standard deviation 1, and see what has become of it.
 
     Args:
@@ -62,13 +60,13 @@ def merge_outcome(
     (0.0, 0.01)
     """
     original, quantized, read_back = _layer(blocksize)
-    update = size * _direction(rank)
+    update = size * _direction(r)
     merged = merge_weight(quantized, update, into, original).float()
     share = surviving_share(original if into == "original" else read_back, merged, update)
     return share, (merged - read_back - update).square().mean().sqrt().item()
 
 
-def render_merge_survival(size: float = 0.03, rank: int = 16, blocksize: int = 64) -> bytes:
+def render_merge_survival(size: float = 0.03, r: int = 16, blocksize: int = 64) -> bytes:
     """Draw what survives each of three merges, and the error each leaves behind.
 
     Args:
@@ -80,7 +78,7 @@ def render_merge_survival(size: float = 0.03, rank: int = 16, blocksize: int = 6
     b'\\x89PNG'
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(2, 3))
-    outcomes = {into: merge_outcome(into, size, rank, blocksize) for into in MERGES}
+    outcomes = {into: merge_outcome(into, size, r, blocksize) for into in MERGES}
     shares = [100 * share for share, _ in outcomes.values()]
     colors = [MERGE_COLORS[into] for into in MERGES]
     bars = left.bar([MERGE_NAMES[into] for into in MERGES], shares, color=colors, width=0.62)
@@ -95,7 +93,7 @@ def render_merge_survival(size: float = 0.03, rank: int = 16, blocksize: int = 6
     left.set_xlabel("merged into; off: distance from what\nwas trained, in % of the weight")
 
     sizes = [100 * one for one in UPDATE_SIZES]
-    curves = [[100 * merge_outcome(into, one, rank, blocksize)[0] for one in UPDATE_SIZES]
+    curves = [[100 * merge_outcome(into, one, r, blocksize)[0] for one in UPDATE_SIZES]
               for into in ("original", "4-bit")]  # fmt: skip
     right.plot(sizes, curves[0], color=PALETTE["highlight"], linewidth=5, alpha=0.5)
     right.plot(sizes, curves[0], color=PALETTE["base"])
@@ -108,7 +106,7 @@ def render_merge_survival(size: float = 0.03, rank: int = 16, blocksize: int = 6
     right.set_xlabel("size of the update (% of the weight, root mean square)")
     right.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     figure.suptitle(
-        f"Update of {100 * size:g} %, rank {rank}, blocks of {blocksize}: "
+        f"Update of {100 * size:g} %, rank {r}, blocks of {blocksize}: "
         f"merged into 4 bits, {shares[0]:.2g} % of it survives",
         x=0.01,
         ha="left",
@@ -131,6 +129,6 @@ def merge_explorer() -> Explorer:
             description="update size",
             style=wide,
         ),
-        rank=SelectionSlider(options=RANKS, value=16, description="rank", style=wide),
+        r=SelectionSlider(options=RANKS, value=16, description="rank", style=wide),
         blocksize=Dropdown(options=BLOCKSIZES, value=64, description="block size"),
     )

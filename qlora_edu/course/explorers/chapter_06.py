@@ -21,7 +21,7 @@ def render_budget(
     model: str = "llama-7b",
     card: int = 24,
     method: str = "qlora",
-    rank: int = 64,
+    r: int = 64,
     length: int = 512,
     batch: int = 4,
 ) -> bytes:
@@ -40,8 +40,8 @@ def render_budget(
     >>> render_budget("qwen2.5-0.5b", card=8, method="full")[:4]
     b'\\x89PNG'
     """
-    size = {"full": {}, "houlsby": {"bottleneck": rank}}.get(method, {"r": rank})
-    plan = plan_memory(model, method, batch=batch, length=length, **size)
+    size = {"full": {}, "houlsby": {"bottleneck": r}}.get(method, {"r": r})
+    plan = plan_memory(model, method, batch_size=batch, max_length=length, **size)
     return figure_png(draw_budget(plan, card))
 
 
@@ -56,7 +56,7 @@ def budget_explorer() -> Explorer:
         model=Dropdown(options=ADAPTED, value="llama-7b", description="model"),
         card=SelectionSlider(options=CARDS_GB, value=24, description="card (GB)"),
         method=Dropdown(options=METHODS, value="qlora", description="method"),
-        rank=SelectionSlider(options=RANKS, value=64, description="rank"),
+        r=SelectionSlider(options=RANKS, value=64, description="rank"),
         length=SelectionSlider(options=LENGTHS, value=512, description="length"),
         batch=SelectionSlider(options=BATCHES, value=4, description="batch"),
     )
@@ -99,7 +99,7 @@ def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     sentence.
 
     >>> from qlora_edu.memory import plan_memory
-    >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch=4), 24)
+    >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch_size=4), 24)
     >>> [text.get_text() for text in figure.axes[0].texts if "peak" in text.get_text()]
     [' 6.8 GiB, the peak']
     >>> plt.close(figure)
@@ -135,8 +135,8 @@ def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     ax.set(xlim=(0, max(1.26 * plan.peak_bytes / GIB, 1.03 * card_gib)))
     kind = {"full": "", "houlsby": f", bottleneck {plan.settings.bottleneck}"}
     kind = kind.get(plan.settings.method, f", r = {plan.settings.r}")
-    rows_of = f"{plan.batch} row{'s' * (plan.batch > 1)} of {plan.length:,} tokens"
-    ax.set_xlabel(f"GiB on the device; {rows_of}{kind}, {plan.optimizer}")
+    rows_of = f"{plan.batch_size} row{'s' * (plan.batch_size > 1)} of {plan.max_length:,} tokens"
+    ax.set_xlabel(f"GiB on the device; {rows_of}{kind}, {plan.optim}")
     ax.grid(False)
     names = [row for row in ROW_STYLES if row in shown]
     figure.legend(

@@ -13,8 +13,8 @@ from qlora_edu.course.doctor import DATA
 from qlora_edu.course.explorers.chapter_08 import STUDY_COLOURS
 from qlora_edu.course.explorers.core import Explorer
 from qlora_edu.course.plots import PALETTE, figure_png
+from qlora_edu.errors import EvaluationError
 from qlora_edu.evaluation import (
-    EvaluationError,
     Game,
     Judge,
     Row,

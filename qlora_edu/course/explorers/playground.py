@@ -16,9 +16,8 @@ from ipywidgets import (
     VBox,
 )
 
+from qlora_edu.errors import GenerationError, UnknownAdapterError
 from qlora_edu.production.chat import Chat, load_chat
-from qlora_edu.production.serving import UnknownAdapterError
-from qlora_edu.text.generation import GenerationError
 
 BASES = {"as it is": "lora", "in 4 bits": "qlora"}
 NOBODY = "(nobody)"
