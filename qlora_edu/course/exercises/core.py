@@ -1,20 +1,155 @@
-"""How an answer is checked: against a reference, on inputs that the reader has not seen.
+"""How an answer is checked: against a right one, on inputs that the reader has not seen.
 
-A `Check` holds a reference, a way to make inputs, and the mistakes people really make. It runs the
-reader's function beside the reference. Where the two differ it shows *yours* and *expected*, and
-looks for the mistake that explains the difference: its *because* says what to rethink. A check
-prints; it never raises, since a notebook must run to its end whatever the reader wrote.
+An `Exercise` holds a right answer, inputs, and the wrong answers that people really give, each
+under the sentence that says what to rethink. It prints; it never raises, since a notebook must run
+to its end whatever the reader wrote.
 """
 
+import inspect
 import textwrap
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Inputs = Sequence[tuple]
+Answer = Callable[..., Any]
+
+
+class Seen(NamedTuple):
+    """A wrong answer that shows by a sign in what it returns, and not by being equal to `wrong`."""
+
+    wrong: Answer
+    sign: Callable[..., bool]
+    """Asked of `(yours)`, or of `(yours, expected, *inputs)` if it takes more."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: `mark` is ✓, ✗ or ○, `because` is empty unless it is ✗."""
+
+    mark: str
+    text: str
+    because: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mark} {self.text}"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """`exercise(answer)` prints the verdict on a function that the reader wrote.
+
+    Attributes:
+        title: number and name as the notebook gives them: "1.2 cell edges".
+        right: a right answer, as a function; the notebook takes it where later cells need it.
+        inputs: tuples of arguments, or a function that makes them from a seeded generator.
+        because: what the reader is told, and the wrong answer that deserves it; likeliest first.
+        atol: how far a number may be off; 0 asks for the same bits. Say in the chapter why.
+        open: whether any answer is right in which no `Seen` of `because` sees its sign.
+
+    >>> double = Exercise(
+    ...     "0.0 double",
+    ...     lambda x: 2 * x,
+    ...     [(3,)],
+    ...     because={"x·x is a square, not a double": lambda x: x * x},
+    ... )
+    >>> double(lambda x: x + x)
+    ✓ 0.0 double
+    >>> double(lambda x: x**2)
+    ✗ 0.0 double
+      given     x = 3
+      yours     9
+      expected  6
+      because   x·x is a square, not a double
+    """
+
+    title: str
+    right: Answer
+    inputs: Inputs | Callable[[torch.Generator], Inputs] = ((),)
+    because: Mapping[str, Answer | Seen] = None
+    atol: float = 0.0
+    open: bool = False
+
+    def __call__(self, answer: Answer) -> None:
+        """Print the verdict on an answer."""
+        print(self.judge(answer))
+
+    def judge(self, answer: Answer) -> Verdict:
+        """Return the verdict on an answer; never raises, whatever the answer is."""
+        try:
+            return self._judge(answer)
+        except Exception as error:
+            because = f"{type(error).__name__} when your answer was looked at: is it of that kind?"
+            return Verdict("✗", f"{self.title}\n  because   {because}", because)
+
+    @cached_property
+    def _cases(self) -> Inputs:
+        seed = zlib.crc32(self.title.encode())
+        made = self.inputs(torch.Generator().manual_seed(seed)) if callable(self.inputs) else None
+        return self.inputs if made is None else made
+
+    def _judge(self, answer: Answer) -> Verdict:
+        """Compare an answer with the right one, input by input; stop at the first difference."""
+        if not callable(answer):
+            return self._fail((), show(answer), "a function", "pass the function, not its result")
+        for case in self._cases:
+            expected = None if self.open else self.right(*deepcopy(case))
+            try:
+                yours = answer(*deepcopy(case))
+            except NotImplementedError:
+                return Verdict("○", f"{self.title}: not attempted")
+            except (Exception, SystemExit) as error:
+                raised = f"raised {type(error).__name__}: {error}"
+                because = "your function stopped before it returned an answer"
+                return self._fail(case, raised, "" if self.open else show(expected), because)
+            if self.open:
+                if because := self._explain(answer, case, yours, expected):
+                    return self._fail(case, show(yours), "", because)
+            elif not same(yours, expected, self.atol):
+                because = "your function returned nothing: is there a `return`?"
+                if yours is not None:
+                    because = self._explain(answer, case, yours, expected)
+                    because = because or unlike(yours, expected)
+                because = because or "the numbers differ; Hint 1 may help"
+                return self._fail(case, *show_both(yours, expected), because)
+        return Verdict("✓", self.title)
+
+    def _explain(self, answer: Answer, case: tuple, yours: Any, expected: Any) -> str:
+        for because, wrong in self.because.items():
+            try:
+                if isinstance(wrong, Seen):
+                    more = () if len(inspect.signature(wrong.sign).parameters) == 1 else (expected,)
+                    found = bool(wrong.sign(yours, *more, *(case if more else ())))
+                else:
+                    found = all(
+                        same(answer(*deepcopy(c)), wrong(*deepcopy(c)), self.atol)
+                        for c in self._cases
+                    )
+            except Exception:  # what cannot be asked of an open answer is a fault of it
+                found = self.open
+            if found:
+                return because
+        return ""
+
+    def _fail(self, case: tuple, yours: str, expected: str, because: str) -> Verdict:
+        names = inspect.signature(self.right).parameters
+        given = ", ".join(f"{name} = {brief(v)}" for name, v in zip(names, case, strict=False))
+        rows = {"given": given, "yours": yours, "expected": expected, "because": because}
+        lines = [
+            textwrap.fill(text, 92, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+            for name, text in rows.items()
+            if text
+        ]
+        return Verdict("✗", "\n".join([self.title, *lines]), because)
+
+
+# --- The first edition's form; goes with the last chapter that uses it. ---
 
 Case = dict[str, Any]  # the arguments of one call, by name
 
@@ -35,18 +170,6 @@ class Mistake:
     wrong: Callable[..., Any]
     because: str
     recognise: Callable[[Case, Any, Any], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found: `mark` is ✓, ✗ or ○, `because` is empty unless it is ✗."""
-
-    mark: str
-    text: str
-    because: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.mark} {self.text}"
 
 
 @dataclass(frozen=True)
