@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from qlora_edu.adapters import load_adapters
 from qlora_edu.compat import forbid_cpu_repacking, quiet
-from qlora_edu.qlora import replace_linear_layers
+from qlora_edu.qlora import FusedQLoRALinear, replace_linear_layers
 
 LENGTH, RANK, SECONDS, LEAST = 128, 16, 10.0, 9
 SIZES = [*((width, rows) for width in (256, 512) for rows in (16, 32, 64)), (1024, 16), (1024, 32)]
@@ -37,7 +37,7 @@ def make_models(width: int) -> tuple[nn.Module, nn.Module]:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     ours = LlamaForCausalLM(LlamaConfig(vocab_size=768, tie_word_embeddings=True, **shape, **heads))
     theirs = copy.deepcopy(ours)
-    replace_linear_layers(ours, r=RANK, lora_alpha=2 * RANK)
+    replace_linear_layers(ours, r=RANK, lora_alpha=2 * RANK, layer_class=FusedQLoRALinear)
     for name, linear in list(theirs.named_modules()):
         if type(linear) is nn.Linear and name != "lm_head":
             layer = Linear4bit(

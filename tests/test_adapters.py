@@ -23,7 +23,7 @@ from qlora_edu.adapters import (
     find_linear_layers,
     load_adapters,
     lora_layers,
-    remove_lora,
+    remove_adapters,
 )
 from qlora_edu.compat import quiet
 from qlora_edu.errors import LoRAError
@@ -210,7 +210,7 @@ def test_adapters_are_swapped_on_one_base_without_a_trace():
     for i in (2, 0, 1, 0):
         load_adapters(model, kept[i])
         assert torch.equal(logits(model), answers[i])
-    remove_lora(model)
+    remove_adapters(model)
     assert torch.equal(logits(model), logits(base))
     assert model.state_dict().keys() == base.state_dict().keys()
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_edu import blockwise
 from qlora_edu.errors import LoRAError, QuantizationError
 from qlora_edu.qlora import (
-    MERGES,
+    MERGE_TARGETS,
     QLoRALinear,
     merge_weight,
     put_together,
@@ -748,4 +748,4 @@ def test_merging_keeps_the_settings_of_the_quantisation():
     layer = QLoRALinear.from_linear(linear, 2, 4, levels="fp4", blocksize=128, double_quant=False)
     again = quantize(layer.weight.dequantize(), "fp4", 128, False).dequantize()
     merged = merge_weight(layer.weight, torch.zeros(64, 256), "4-bit")
-    assert torch.equal(merged, again) and MERGES[0] == "4-bit"
+    assert torch.equal(merged, again) and MERGE_TARGETS[0] == "4-bit"

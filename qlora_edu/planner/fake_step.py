@@ -33,12 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replace_module
-from qlora_edu.blockwise import check_blocksize
 from qlora_edu.double_quant import NESTED_BLOCKSIZE, QuantizedAbsmax
 from qlora_edu.errors import LoRAError, PlanError
 from qlora_edu.kernels import CHUNK_SIZE, UNPACKING
-from qlora_edu.qlora import QLoRALinear, replace_linear_layers
-from qlora_edu.quantized import QuantizedTensor, quantize
+from qlora_edu.qlora import FusedQLoRALinear, QLoRALinear, replace_linear_layers
+from qlora_edu.quantized import QuantizedTensor, check_blocksize, quantize
 
 BLOCKS = 3
 LENGTHS = (128, 256, 512)
@@ -150,7 +149,11 @@ def _install_ours(model: nn.Module, settings: StepSettings, fake: bool) -> None:
     }
     if not fake:
         replace_linear_layers(
-            model, target_modules=settings.target_modules, **arguments, **quantization
+            model,
+            target_modules=settings.target_modules,
+            layer_class=FusedQLoRALinear,
+            **arguments,
+            **quantization,
         )
         return
     names = find_linear_layers(model, settings.target_modules)
@@ -158,7 +161,7 @@ def _install_ours(model: nn.Module, settings: StepSettings, fake: bool) -> None:
     for name in names:
         linear = model.get_submodule(name)
         weight = pretend_to_quantize(linear.weight, **quantization)
-        replace_module(model, name, QLoRALinear(weight, linear.bias, **arguments))
+        replace_module(model, name, FusedQLoRALinear(weight, bias=linear.bias, **arguments))
 
 
 def pretend_to_quantize(

@@ -23,7 +23,7 @@ from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replac
 from qlora_edu.errors import PlanError
 from qlora_edu.memory import MODELS, configuration
 from qlora_edu.planner.fake_step import StepSettings
-from qlora_edu.qlora import QLoRALinear
+from qlora_edu.qlora import FusedQLoRALinear
 
 STANDARD_DEVIATION = 0.02  # Llama's own initializer_range
 
@@ -137,7 +137,7 @@ def _in_4_bits(
     weight = random_tensor(f"{name}.weight", empty.weight.shape, dtype, device, seed)
     if settings.backend == "qlora_edu":
         empty.weight = nn.Parameter(weight, requires_grad=False)
-        return QLoRALinear.from_linear(
+        return FusedQLoRALinear(
             empty,
             settings.r,
             lora_alpha,

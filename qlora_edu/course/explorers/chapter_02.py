@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from qlora_edu.blockwise import BLOCKSIZES, block_absmax, pack_nibbles, split_blocks
+from qlora_edu.blockwise import BLOCKSIZES, block_absmax, pack_nibbles, read_back, split_blocks
 from qlora_edu.codebooks import affine_int4, assign, get_levels
 from qlora_edu.course.explorers.core import Explorer
 from qlora_edu.course.plots import PALE_BLUE, PALE_GREY, PALETTE, figure_png
-from qlora_edu.kernels import read_back
 
 SIDE = 64  # the largest block, 4096, is then the whole matrix
 OUTLIER = (27, 21)  # row and column
