@@ -10,6 +10,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), 
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class LoRALayer(nn.Module):
         super().__init__()
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
             raise LoRAError(
                 f"lora_alpha must be positive and finite, not {lora_alpha!r}; r itself scales by 1"
             )

@@ -17,6 +17,7 @@ from qlora_edu.adapters import (
     add_lora,
     load_adapters,
     lora_layers,
+    refuse_adapters,
     remove_adapters,
 )
 from qlora_edu.errors import LoRAError
@@ -102,7 +103,7 @@ def load_adapter(
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
         r, lora_alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
     _refuse_other_kinds(config)
     if not tensors:
@@ -122,6 +123,7 @@ def load_adapter(
     if layers:
         load_adapters(model, tensors, allow_untrained=allow_untrained)
         return config
+    refuse_adapters(model)
     linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     suffix = ".lora_A.weight"
