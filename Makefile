@@ -57,7 +57,7 @@ coverage: $(READY)  ## which lines of the method no test reaches, and the floor
 	$(PY) -m coverage report
 
 mutants: $(READY)  ## break the code on purpose, and see the tests notice (ARGS=NAME: some)
-	$(OFFLINE) $(PY) -m tests.mutants $(ARGS)
+	$(OFFLINE) $(PY) tests/mutants.py $(ARGS)
 
 format: $(READY)  ## put format and imports right
 	$(PY) -m ruff check --fix-only --select I .
