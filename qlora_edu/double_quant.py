@@ -47,10 +47,9 @@ def dynamic_map() -> Tensor:
     >>> dynamic_map()[[0, 127, 255]]
     tensor([-0.9930,  0.0000,  1.0000])
     """
-    factory_kwargs = {"dtype": torch.float32, "device": "cpu"}
-    levels = [torch.tensor([0.0, 1.0], **factory_kwargs)]
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, **factory_kwargs)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += [centres, -centres]
     return torch.cat(levels).sort().values
