@@ -9,7 +9,6 @@ from tiny import make_base, make_rows, make_tokenizer, write_jsonl
 from torch import nn
 
 from qlora_edu.adapters import adapter_tensors, load_adapters
-from qlora_edu.comparison import equivalence, mean_interval
 from qlora_edu.errors import LoRAError, TrainingError
 from qlora_edu.finetuning import make_trainer
 from qlora_edu.production.config import FinetuneConfig
@@ -342,58 +341,3 @@ def test_a_step_without_answers_is_refused(base, encoded):
     batches = [collate(encoded[:2]), collate([row])]
     with pytest.raises(TrainingError, match="no token of step 2 has a label"):
         train(own_model(base), batches, 1e-3)
-
-
-# What several seeds show
-
-
-def test_the_interval_is_students():
-    from scipy import stats
-
-    values = [0.90, 0.94, 0.92, 0.97, 0.88]
-    low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    assert mean_interval(values) == pytest.approx((sum(values) / 5, low, high))
-    with pytest.raises(TrainingError, match="at least two runs"):
-        mean_interval([0.9])
-
-
-def test_equivalence_is_two_one_sided_paired_t_tests():
-    from scipy import stats
-
-    first, second, margin = [0.95, 0.97, 0.96, 0.99], [0.94, 0.975, 0.97, 0.96], 0.03
-    found = equivalence(first, second, margin)
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    below = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    above = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-    assert found.p == pytest.approx(max(below, above))
-    # Twice the level is outside: the interval says the same as the two tests.
-    inside = -margin < found.difference.low and found.difference.high < margin
-    assert found.equivalent == inside == (found.p < 0.05)
-
-
-def test_equivalence_has_a_verdict_for_runs_without_spread():
-    assert equivalence([0.5, 0.5], [0.5, 0.5], 0.1).equivalent
-    assert not equivalence([0.9, 0.9], [0.5, 0.5], 0.1).equivalent
-
-
-def test_equivalence_finds_equal_what_is_equal_and_rarely_what_is_not():
-    """At the margin itself the test may err in one case of twenty; 3,000 draws bound that well."""
-    generator = torch.Generator().manual_seed(0)
-
-    def share(true_difference):
-        draws = true_difference + 0.02 * torch.randn(3000, 5, generator=generator)
-        zeros = [0.0] * 5
-        return sum(equivalence(row, zeros, 0.05).equivalent for row in draws.tolist()) / 3000
-
-    assert share(0.0) > 0.95
-    assert 0.035 < share(0.05) < 0.065  # 0.05, give or take four standard errors
-    assert share(0.10) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "margin", "says"),
-    [([1.0], [1.0, 2.0], 0.1, "cannot be paired"), ([1.0, 2.0], [1.0, 2.0], 0, "must be positive")],
-)
-def test_equivalence_refuses_what_it_cannot_test(first, second, margin, says):
-    with pytest.raises(TrainingError, match=says):
-        equivalence(first, second, margin)
