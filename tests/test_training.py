@@ -295,6 +295,55 @@ def test_the_schedules_are_those_of_transformers(name):
         learning_rate_at(0, 0.3, "cosin")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ((0, 1.0, "constant_with_warmup", -1), "warmup_steps must be 0 or more, not -1"),
+        ((0, 1.0, "linear", 0, 0), "ends at total_steps=0"),
+        ((0, 1.0, "cosine", 2, -3), "ends at total_steps=-3"),
+        ((7, 1.0, "linear", 0, 6), "total_steps=6, and step 7"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(schedule, says):
+    with pytest.raises(TrainingError, match=says):
+        learning_rate_at(*schedule)
+    assert learning_rate_at(6, 1.0, "linear", 0, 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0"),
+        ({"lr_scheduler_type": "linear"}, "ends at total_steps=0"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+    ],
+)
+def test_a_setting_that_means_nothing_trains_nothing(base, encoded, settings, says):
+    model = own_model(base)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(TrainingError, match=says):
+        train(model, [collate(encoded[:2])], 1e-3, **settings)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0])
+def test_counts_that_mean_nothing_are_refused(base, encoded, tokenizer, count):
+    model, prompts = plain_model(base), [make_rows(1)[0]["messages"][:1]]
+    with pytest.raises(TrainingError, match="batch_size must be a whole number"):
+        held_out_loss(model, encoded[:2], count)
+    with pytest.raises(TrainingError, match="batch_size must be a whole number"):
+        generate_answers(model, tokenizer, prompts, batch_size=count)
+    with pytest.raises(TrainingError, match="max_new_tokens must be a whole number"):
+        generate_answers(model, tokenizer, prompts, max_new_tokens=count)
+    with pytest.raises(TrainingError, match="rows must be a whole number"):
+        row_order(count, 5, seed=0)  # without rows it would look for one for ever
+
+
 def test_four_batches_of_two_train_as_one_of_eight(base, encoded):
     # Some rows are trained on whole, so that a mean of means would be another number.
     rows_of_all_sorts = [

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_edu.adapters import find_linear_layers
 from qlora_edu.errors import DataError
 from qlora_edu.text.conversations import (
     IGNORED,
@@ -151,24 +152,10 @@ def rounded_weights(
             parameter.data = before[name]
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Name every `nn.Linear` but the output head: what bitsandbytes quantises and PEFT adapts.
-
-    >>> linear_layers(nn.ModuleDict({"up": nn.Linear(2, 2), "lm_head": nn.Linear(2, 2)}))
-    ['up']
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and name.rpartition(".")[2] != "lm_head"
-    ]
-
-
 def linear_weights(model: nn.Module) -> list[str]:
-    """Name the weights of `linear_layers`.
+    """Name the weights that bitsandbytes quantises: of every `nn.Linear` but the output head.
 
-    >>> linear_weights(nn.ModuleDict({"up": nn.Linear(2, 2), "lm_head": nn.Linear(2, 2)}))
-    ['up.weight']
+    >>> linear_weights(nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2)))
+    ['1.weight']
     """
-    return [f"{name}.weight" for name in linear_layers(model)]
+    return [f"{name}.weight" for name in find_linear_layers(model)]
