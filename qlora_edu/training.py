@@ -51,7 +51,7 @@ def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> 
         batch: of `collate`.
         reduction: "mean" over the answer tokens, "sum", or "none".
     """
-    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     # The logits at one position are asked for the label of the next; -100 is passed over.
     return F.cross_entropy(
@@ -273,8 +273,8 @@ def generate_answers(
         mask = pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
         with evaluating(model):
             out = model.generate(
-                input_ids=ids.to(_device(model)),
-                attention_mask=mask.to(_device(model)),
+                input_ids=ids.to(device_of(model)),
+                attention_mask=mask.to(device_of(model)),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
@@ -326,5 +326,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, as its first parameter says."""
     return next(model.parameters()).device
