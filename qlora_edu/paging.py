@@ -151,9 +151,7 @@ def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
     elements, size = host_states.shape[1], 2 * host_states.element_size()
     width = page_bytes // size
     if not width:
-        raise PagingError(
-            f"one element needs {size} bytes, a page has {page_bytes}: raise page_bytes"
-        )
+        raise PagingError(f"one element needs {size} bytes, {page_bytes=}: raise page_bytes")
     starts = range(0, elements, width)
     columns = [slice(start, min(start + width, elements)) for start in starts]
     return [Page(part, host_states[:, part]) for part in columns]
