@@ -49,7 +49,7 @@ def same_bits(a: Tensor, b: Tensor, zeros_have_signs: bool = True) -> bool:
 
 
 def make_pages_of(shape, dtype, seed: int, special: bool) -> Tensor:
-    """Normal numbers over many orders of magnitude; if ``special``, zeros, NaN and the like too."""
+    """Normal numbers over many orders of magnitude; if `special`, zeros, NaN and the like too."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
     numbers *= torch.exp(3 * torch.randn(shape, generator=generator, dtype=torch.float64))
