@@ -57,11 +57,10 @@ def talk_exact_match() -> float:
     """
     model, tokenizer = load_untrained()
     answers, wanted = [], []
-    for line in TEST.read_text().splitlines():
-        row = json.loads(line)
-        if row["family"] != "question":
+    for messages in read_conversations(TEST):
+        if messages.row["family"] != "question":
             continue
-        asked, answer = (turn["content"] for turn in row["messages"])
+        asked, answer = (turn["content"] for turn in messages)
         passage, question = asked.rsplit("\n", 1)
         text = f"{tokenizer.bos_token}{passage}\n- {question}\n- "
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]

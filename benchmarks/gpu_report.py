@@ -51,9 +51,8 @@ from torch import Tensor, nn
 from qlora_edu import QuantizedTensor, quantize
 from qlora_edu.blockwise import unpack_nibbles
 from qlora_edu.compat import quiet
-from qlora_edu.kernels import compiled_chunk_size
+from qlora_edu.kernels import PagingCounters, PrefetchingPagedAdamW, compiled_chunk_size
 from qlora_edu.memory import NEVER_PAGED, RESERVE, MemoryPlan, plan_memory
-from qlora_edu.paging import PagedAdamW, PagingCounters
 from qlora_edu.planner.fake_step import training_loss
 
 DRY_FOLDER = ROOT / "build" / "gpu_report"
@@ -240,7 +239,7 @@ def bandwidth(small: bool, device: str) -> Rows:
 
         def compiled_quantize(weight: Tensor = weight) -> Tensor:
             if weight.numel() < compiled_chunk_size(weight.device):
-                raise ValueError(f"{weight.numel():,} weights are less than a piece: not compiled")
+                raise ValueError(f"{weight.numel():,} weights are less than a chunk: not compiled")
             return quantize(weight, double_quant=False, compiled=True).packed
 
         def of_bitsandbytes(weight: Tensor = weight) -> Tensor:
@@ -409,7 +408,9 @@ def make_optimizer(
         budget = max(2 * page, int(share * sum(2 * p.nbytes for p in parameters)))
         if share == 1.0:
             budget += page * len(parameters)  # the last page of a tensor is seldom full
-        return PagedAdamW(parameters, budget_bytes=budget, page_bytes=page, prefetch=prefetch)
+        return PrefetchingPagedAdamW(
+            parameters, budget_bytes=budget, page_bytes=page, prefetch=prefetch
+        )
     if name == THEIRS_PAGED:
         check_managed(paged_bytes(parameters), free_and_total(device)[0] - RESERVE)
         return bitsandbytes.optim.PagedAdamW32bit(parameters, lr=1e-3, weight_decay=1e-2)
@@ -428,7 +429,7 @@ def paging(name: str, small: bool, device: str) -> Rows:
     optimizer = make_optimizer(name, parameters, small, device)
     times = []
     for number in range(warm_ups + rounds):
-        if number == warm_ups and isinstance(optimizer, PagedAdamW):
+        if number == warm_ups and isinstance(optimizer, PrefetchingPagedAdamW):
             optimizer.counters = PagingCounters()
         started = time.perf_counter()
         optimizer.step()
@@ -451,7 +452,7 @@ def paging(name: str, small: bool, device: str) -> Rows:
         "outside_after_bytes": outside(device) or None,
         "managed_bytes": paged_bytes(parameters) if name == THEIRS_PAGED else 0,
     }
-    if isinstance(optimizer, PagedAdamW):
+    if isinstance(optimizer, PrefetchingPagedAdamW):
         row["counters"] = {key: n / rounds for key, n in asdict(optimizer.counters).items()}
         row["frames"], row["pages"] = len(optimizer.frames), len(optimizer.pages)
         row["page_bytes"], row["prefetch"] = optimizer.page_bytes, optimizer.prefetch

@@ -1,9 +1,9 @@
 """What paging an optimizer's states costs on a CPU, and what prefetching hides of it.
 
-``python benchmarks/paging.py`` (a minute) writes data/results/paging.json. 32 float32
-parameters of 2^17 elements (4.2 million, 32 MiB of states) are stepped by ``torch.optim.AdamW`` and
-by ``PagedAdamW`` in turns, in one thread, so that the copying thread has a core of its own.
-``ratio`` is the median time of a paged step over that of a plain one, in the same run; the counters
+`python benchmarks/paging.py` (a minute) writes data/results/paging.json. 32 float32 parameters of
+2^17 elements (4.2 million, 32 MiB of states) are stepped by `torch.optim.AdamW` and by
+`PrefetchingPagedAdamW` in turns, in one thread, so that the copying thread has a core of its own.
+`ratio` is the median time of a paged step over that of a plain one, in the same run; the counters
 are those of one step, after one to warm up.
 """
 
@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from stored import stamp, store
 
-from qlora_edu.paging import PagedAdamW, PagingCounters
+from qlora_edu.kernels import PagingCounters, PrefetchingPagedAdamW
 
 TENSORS, ELEMENTS, ROUNDS = 32, 2**17, 15
 STATES = TENSORS * ELEMENTS * 2 * 4
@@ -43,7 +43,7 @@ def row(page_bytes: int, share: float, prefetch: bool) -> dict:
     budget = max(int(share * STATES), 2 * page_bytes)
     plain_parameters, paged_parameters = parameters(), parameters()
     plain = torch.optim.AdamW(plain_parameters)
-    paged = PagedAdamW(
+    paged = PrefetchingPagedAdamW(
         paged_parameters, budget_bytes=budget, page_bytes=page_bytes, prefetch=prefetch
     )
     seconds(plain), seconds(paged)

@@ -9,10 +9,10 @@ tuning   five learning rates for each way, two seeds, chosen by the mean validat
 seeds    each way at its own rate, five seeds, measured on the test rows;
 bits     QLoRA over a base in 3 and in 2 bits: does the adapter mend what rounding broke?
 rows     100, 300 and 1,000 different rows in place of 3,000, at the same number of steps;
-cost     seconds a step (ways take turns, so that all see the same machine) and peak memory.
+cost     seconds per step (ways take turns, so that all see the same machine) and peak memory.
 
 Each run is also asked for its perplexity on held-out *pretraining* text (what was forgotten?), and
-adapters of LoRA and QLoRA are laid on each other's base. The results, run by run, are stored as
+adapters of LoRA and QLoRA are attached to each other's base. The results, run by run, are stored as
 data/results/three_ways.json after every run.
 """
 
@@ -138,10 +138,8 @@ def run(spec: dict, device: str = "cpu") -> dict:
 
 def measure(model: nn.Module, tokenizer: Any, split: str, answers: int = 300) -> dict:
     """Loss and exact match on task rows, by family too, and perplexity on pretraining text."""
-    path = TASKS / f"{split}.jsonl"
-    held_out = read_conversations(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    families = [json.loads(line)["family"] for line in lines][:answers]
+    held_out = read_conversations(TASKS / f"{split}.jsonl")
+    families = [messages.row["family"] for messages in held_out][:answers]
     wanted = [messages[-1]["content"] for messages in held_out][:answers]
     prompts = [messages[:-1] for messages in held_out][:answers]
     model.config.use_cache = True
@@ -177,7 +175,7 @@ def untrained() -> list[dict]:
 
 
 def cost(rounds: int = 8) -> list[dict]:
-    """Seconds a step, the ways taking turns, and the peak of a step beside what it starts from."""
+    """Seconds per step, the ways taking turns, and the peak of a step over what it starts from."""
     from qlora_edu.planner.trace import trace_memory
 
     _, tokenizer = load_base()

@@ -59,8 +59,12 @@ def trained(system: dict[str, Any], best: dict[str, float]) -> tuple[nn.Module, 
     batches = (
         collate([rows[i] for i in order[at : at + size]]) for at in range(0, len(order), size)
     )
-    kind = {"schedule": "cosine", "warmup_steps": three_ways.WARMUP, "total_steps": steps}
-    train(model, batches, three_ways.rate_of(way, best), max_grad_norm=1.0, **kind)
+    schedule = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": three_ways.WARMUP,
+        "total_steps": steps,
+    }
+    train(model, batches, three_ways.rate_of(way, best), max_grad_norm=1.0, **schedule)
     model.config.use_cache = True
     return model.eval(), tokenizer
 
@@ -81,16 +85,15 @@ def main() -> None:
     """Train, ask, store."""
     study = json.loads((ROOT / "data" / "results" / "three_ways.json").read_text())
     conversations = read_conversations(three_ways.TASKS / "test.jsonl")[:PROMPTS]
-    lines = (three_ways.TASKS / "test.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     wanted = [messages[-1]["content"] for messages in conversations]
     rows = [
         {
             "prompt": messages[0]["content"],
             "wanted": messages[-1]["content"],
-            "family": json.loads(line)["family"],
+            "family": messages.row["family"],
             "answers": {},
         }
-        for messages, line in zip(conversations, lines, strict=True)
+        for messages in conversations
     ]
     systems: dict[str, dict[str, Any]] = {}
 

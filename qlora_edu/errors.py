@@ -26,7 +26,7 @@ class DoesNotFitError(QloraError, MemoryError):
     """A step would need more memory than there is."""
 
 
-class PagingError(QloraError):
+class PagingError(QloraError, ValueError):
     """The paged optimizer cannot be made, run or loaded as asked; nothing has been changed."""
 
 

@@ -6,11 +6,12 @@ equal to its definition.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from qlora_edu.blockwise import SMALLEST_ABSMAX, pack_nibbles, unpack_nibbles
 from qlora_edu.codebooks import assign
 from qlora_edu.errors import QuantizationError
+from qlora_edu.files.host_tier import StreamCopier, ThreadCopier
+from qlora_edu.paging import PagedAdamW
 
 CHUNK = 2**18
 """Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""
@@ -269,3 +272,114 @@ class FusedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)
         return grad_x, None, grad_bias, grad_thin.T @ x, grad_y.T @ thin, None
+
+
+# Chapter 7: the pager that fetches the next page early
+
+
+@dataclass
+class PagingCounters:
+    """What paging has cost. Each use of a page is one of `hits`, `prefetched`, `faults`."""
+
+    hits: int = 0
+    """The page was in a frame from earlier."""
+    prefetched: int = 0
+    """It had been sent for before it was needed."""
+    faults: int = 0
+    """It was neither there nor on its way, and had to be waited for."""
+    evictions: int = 0
+    bytes_in: int = 0
+    """Copied from the host tier into frames."""
+    bytes_out: int = 0
+    """Written back."""
+
+
+class PageEvent(NamedTuple):
+    """An entry of `PrefetchingPagedAdamW.trace`."""
+
+    page: int
+    what: str
+    """"hit", "prefetched" or "fault", as counted; or "prefetch", when a page is sent for early."""
+    frame: int
+    evicted: int | None
+
+
+class PrefetchingPagedAdamW(PagedAdamW):
+    """Chapter 7's `PagedAdamW`, which fetches the next page while the current one is computed.
+
+    Copies run beside the computing: on a thread, or on a CUDA stream. Only pages that have changed
+    are written back. Parameters and states are those of `PagedAdamW`, to the bit.
+
+    Args:
+        params, and all settings: as for `PagedAdamW`.
+        prefetch: send for the next page early; takes two frames or more.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1000))
+    >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)
+    >>> weight.grad = torch.ones(1000)
+    >>> optimizer.step()
+    >>> optimizer.counters
+    PagingCounters(hits=0, prefetched=3, faults=1, evictions=2, bytes_in=8000, bytes_out=4096)
+    """
+
+    def __init__(self, params: Iterable[Any], *args: Any, prefetch: bool = True, **settings: Any):
+        self.counters = PagingCounters()
+        self.trace: list[PageEvent] | None = None  # set to [] to record what happens
+        self._pending: dict[int, Any] = {}  # of each frame: the copies to wait for before using it
+        self._dirty: set[int] = set()  # pages that have changed since they came
+        super().__init__(params, *args, **settings)
+        self.prefetch = prefetch and self.table.frames > 1
+
+    def _admit(self, host_states: dict[Tensor, Tensor]) -> None:
+        known = len(self.frames)
+        super()._admit(host_states)
+        for frame in self.frames[known:]:
+            self._copier.adopt(frame)
+
+    @cached_property
+    def _copier(self) -> ThreadCopier | StreamCopier:
+        device = self.frames[0].device
+        return (StreamCopier if device.type == "cuda" else ThreadCopier)(device)
+
+    def _visit(self, sweep: Sequence[int]) -> Iterator[Tensor]:
+        early = False  # was this page sent for while the one before it was computed?
+        for number, following in zip(sweep, [*sweep[1:], None], strict=True):
+            frame = self._fetch(number, "prefetched" if early else None)
+            early = self.prefetch and following is not None and following not in self.table
+            if early:
+                self._fetch(following, "prefetch")
+            self._copier.wait(self._pending[frame])
+            self._dirty.add(number)
+            yield self._view(number, frame)
+
+    def _fetch(self, number: int, what: str | None) -> int:
+        """Have a page in a frame, or on its way there; returns the frame."""
+        frame, fault, evicted = self.table.access(number)
+        if fault:
+            # One copier does both in this order, so the page is saved before it is overwritten.
+            moves = self._write_back([] if evicted is None else [(evicted, frame)])
+            host = self.pages[number].host
+            self._pending[frame] = self._copier.start([*moves, (self._view(number, frame), host)])
+            self.counters.evictions += evicted is not None
+            self.counters.bytes_in += host.nbytes
+        what = what or ("fault" if fault else "hit")
+        self.counters.hits += what == "hit"
+        self.counters.faults += what == "fault"
+        self.counters.prefetched += what == "prefetched"
+        if self.trace is not None:
+            self.trace.append(PageEvent(number, what, frame, evicted))
+        return frame
+
+    def _write_back(self, places: Iterable[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """The copies that save those pages, of some in frames, that were changed there."""
+        dirty = [(number, frame) for number, frame in places if number in self._dirty]
+        moves = [(self.pages[number].host, self._view(number, frame)) for number, frame in dirty]
+        self._dirty.difference_update(number for number, _ in dirty)
+        self.counters.bytes_out += sum(host.nbytes for host, _ in moves)
+        return moves
+
+    def flush(self) -> None:
+        """Write every changed page back, and wait for it; the frames keep what they hold."""
+        if self.frames:
+            places = [(number, self.table.frame_of(number)) for number in self.table.resident]
+            self._copier.finish(self._copier.start(self._write_back(places)))

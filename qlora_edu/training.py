@@ -1,13 +1,11 @@
-"""Chapter 8. The training loop in full view, what it achieved, and whether two ways are equal.
+"""Chapter 8. The training loop in full view, and what it achieved.
 
-``train`` is all that fine-tuning is: predict, compare, go back, step. With the layers of chapter 5
-and the adapters of chapter 4 in PEFT's names, both stacks can start from the same point. Given the
-same batches, their loss curves are the same curve (a test holds them to it): there is nothing in
-the production stack that was not derived in this course.
+`train` is all that fine-tuning is: forward, loss, backward, step. With the layers of chapter 5 and
+the adapters of chapter 4 in PEFT's names, both stacks can start from the same point. Given the same
+batches, their loss curves are the same curve (a test holds them to it): there is nothing in the
+production stack that was not derived in this course.
 
-The measures are the held-out loss in nats a token, greedy answers, and their exact match. One run
-of each method is an anecdote: ``mean_interval`` says what several seeds show, and ``equivalence``
-whether two methods differ by less than a margin that was chosen beforehand.
+The measures are the held-out loss in nats per token, greedy answers, and their exact match.
 """
 
 import math
@@ -21,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_edu.errors import TrainingError
-from qlora_edu.text.conversations import IGNORED, Message, encode_prompt
+from qlora_edu.text.conversations import IGNORED, Message, encode_prompt, pad, require_counts
 
 Batch = Mapping[str, Tensor]
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
-    """Pad encoded rows on the right into int64 ``[rows, longest]`` tensors.
+    """Pad encoded rows on the right into int64 `[rows, longest]` tensors.
 
     Which token pads is of no consequence: its attention mask is 0 and its label is -100.
 
@@ -38,128 +36,30 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
             [1, 0]]), 'labels': tensor([[-100,    6],
             [   7, -100]])}
     """
-
     return {
-        "input_ids": _pad([row["input_ids"] for row in rows], pad_token_id),
-        "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": _pad([row["labels"] for row in rows], IGNORED),
+        "input_ids": pad([row["input_ids"] for row in rows], pad_token_id),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": pad([row["labels"] for row in rows], IGNORED),
     }
 
 
 def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
-    """Cross-entropy, in nats, of each answer token given everything before it."""
-    batch = {name: tensor.to(_device(model)) for name, tensor in batch.items()}
+    """Cross-entropy, in nats, of each answer token given everything before it.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`, returns an object with `.logits`.
+        batch: of `collate`.
+        reduction: "mean" over the answer tokens, "sum", or "none".
+    """
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    # The logits at one position are asked for the label of the next; -100 is passed over.
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(),
         batch["labels"][:, 1:].flatten(),
         ignore_index=IGNORED,
         reduction=reduction,
     )
-
-
-def row_order(
-    rows: int, wanted: int, seed: int, lengths: Sequence[int] | None = None, group: int = 1
-) -> list[int]:
-    """Which row is read when: ``wanted`` indices into ``rows``, shuffled anew for every pass.
-
-    The whole order is settled before the first step, so that a run that was interrupted, or that
-    is spread over several processes, reads the same rows. With ``lengths``, rows of like length
-    come together: stretches of ``50 * group`` rows are sorted, the longest first, which saves
-    padding (``group`` is the number of rows a step).
-
-    >>> row_order(3, 7, seed=0)
-    [2, 0, 1, 2, 1, 0, 1]
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < wanted:
-        shuffled = torch.randperm(rows, generator=generator).tolist()
-        if lengths is not None:
-            size = 50 * group
-            stretches = [shuffled[i : i + size] for i in range(0, rows, size)]
-            shuffled = [i for s in stretches for i in sorted(s, key=lambda i: -lengths[i])]
-        order += shuffled
-    return order[:wanted]
-
-
-def learning_rate_at(
-    step: int, lr: float, lr_scheduler_type: str, warmup_steps: int = 0, total_steps: int = 0
-) -> float:
-    """The learning rate of step 0, 1, 2 … as ``transformers.get_scheduler`` would set it.
-
-    ``schedule`` is "constant", "constant_with_warmup", "linear" or "cosine". All but the first rise
-    from 0 over ``warmup_steps``; the last two then fall to 0 at ``total_steps``.
-
-    >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
-    [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
-    """
-    if lr_scheduler_type not in SCHEDULES:
-        raise TrainingError(f"no schedule {lr_scheduler_type!r}; there are {', '.join(SCHEDULES)}")
-    if lr_scheduler_type == "constant":
-        return lr
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    if lr_scheduler_type == "constant_with_warmup":
-        return lr
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return lr * (1 - done if lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2)
-
-
-def train(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    lr: float,
-    *,
-    gradient_accumulation_steps: int = 1,
-    lr_scheduler_type: str = "constant",
-    warmup_steps: int = 0,
-    total_steps: int = 0,
-    adam_beta2: float = 0.999,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 0.3,
-) -> list[float]:
-    """Take one AdamW step every ``accumulation`` batches; returns the loss before each step.
-
-    Only parameters that require a gradient are trained. The loss of a step is the mean over all
-    answer tokens of its batches, so that four batches of 2 rows train as one batch of 8 does.
-
-    Raises:
-        TrainingError: if nothing is trainable, a step has no answer token, or the loss stops being
-            finite.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise TrainingError(
-            "no parameter requires a gradient; call add_lora or replace_linear_layers first"
-        )
-    optimizer = torch.optim.AdamW(
-        trainable, lr=lr, betas=(0.9, adam_beta2), weight_decay=weight_decay
-    )
-    model.train()
-    losses: list[float] = []
-    remaining = iter(batches)
-    while parts := list(islice(remaining, gradient_accumulation_steps)):
-        step = len(losses)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(
-            step, lr, lr_scheduler_type, warmup_steps, total_steps
-        )
-        tokens = sum(answer_tokens(part) for part in parts)
-        if not tokens:
-            raise TrainingError(f"no token of step {step + 1} has a label; look at its rows")
-        losses.append(0.0)
-        for part in parts:
-            loss = completion_loss(model, part, reduction="sum") / tokens
-            loss.backward()
-            losses[-1] += loss.item()
-        if not math.isfinite(losses[-1]):
-            raise TrainingError(
-                f"the loss is {losses[-1]} at step {step + 1}; use a lower rate than {lr}"
-            )
-        nn.utils.clip_grad_norm_(trainable, max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
 
 
 def answer_tokens(batch: Batch) -> int:
@@ -171,14 +71,173 @@ def answer_tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
+def row_order(
+    rows: int, wanted: int, seed: int, lengths: Sequence[int] | None = None, group: int = 1
+) -> list[int]:
+    """Which row is read when: `wanted` indices into `rows`, shuffled anew for every pass.
+
+    The whole order is settled before the first step, so that a run that was interrupted, or that is
+    spread over several processes, reads the same rows.
+
+    Args:
+        rows: how many there are.
+        wanted: how many are read, over all passes.
+        seed: of the shuffling.
+        lengths: of the rows; if given, rows of like length come together, which saves padding:
+            stretches of `50 * group` rows are sorted, the longest first.
+        group: rows per step.
+
+    Raises:
+        TrainingError: there are no rows.
+
+    >>> row_order(3, 7, seed=0)
+    [2, 0, 1, 2, 1, 0, 1]
+    """
+    require_counts(TrainingError, rows=rows, group=group)
+    generator = torch.Generator().manual_seed(seed)
+    order = []
+    while len(order) < wanted:
+        shuffled = torch.randperm(rows, generator=generator).tolist()
+        if lengths is not None:
+            size = 50 * group
+            stretches = [shuffled[i : i + size] for i in range(0, rows, size)]
+            shuffled = [i for s in stretches for i in sorted(s, key=lambda i: -lengths[i])]
+        order += shuffled
+    return order[:wanted]
+
+
+def learning_rate_at(
+    step: int,
+    lr: float,
+    lr_scheduler_type: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int = 0,
+) -> float:
+    """The learning rate of step 0, 1, 2 … as `transformers.get_scheduler` would set it.
+
+    Args:
+        lr_scheduler_type: "constant", "constant_with_warmup", "linear" or "cosine". All but the
+            first rise from 0 over `warmup_steps`; the last two then fall to 0 at `total_steps`.
+
+    Raises:
+        TrainingError: another schedule, a negative warm-up, or a step after the last.
+
+    >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
+    [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
+    """
+    check_schedule(step, lr_scheduler_type, warmup_steps, total_steps)
+    if lr_scheduler_type == "constant":
+        return lr
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    if lr_scheduler_type == "constant_with_warmup":
+        return lr
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if lr_scheduler_type == "linear":
+        return lr * (1 - done)
+    return lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def check_schedule(step: int, lr_scheduler_type: str, warmup_steps: int, total_steps: int) -> None:
+    """Refuse a schedule that means nothing."""
+    if lr_scheduler_type not in SCHEDULES:
+        raise TrainingError(f"no schedule {lr_scheduler_type!r}; there are {', '.join(SCHEDULES)}")
+    if warmup_steps < 0:
+        raise TrainingError(f"warmup_steps must be 0 or more, not {warmup_steps}")
+    if lr_scheduler_type in ("linear", "cosine") and not step <= total_steps > 0:
+        raise TrainingError(
+            f"a {lr_scheduler_type} schedule ends at total_steps={total_steps}, and step {step} is "
+            "asked for: pass the number of all steps"
+        )
+
+
+def accumulate(model: nn.Module, parts: Sequence[Batch], tokens: int) -> float:
+    """Add the gradients of the mean loss over all `tokens` answer tokens of some batches.
+
+    So four batches of 2 rows give the gradient of one batch of 8; a mean of their means would not.
+
+    Returns:
+        That loss, in nats per token.
+    """
+    total = 0.0
+    for part in parts:
+        loss = completion_loss(model, part, reduction="sum") / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    lr: float,
+    gradient_accumulation_steps: int = 1,
+    max_grad_norm: float = 0.3,
+    **schedule: Any,
+) -> list[float]:
+    """Take one AdamW step for every `gradient_accumulation_steps` batches.
+
+    Args:
+        model: only its parameters that require a gradient are trained.
+        batches: of `collate`.
+        lr: the highest learning rate.
+        gradient_accumulation_steps: batches per step.
+        max_grad_norm: longer gradients are shortened to this.
+        **schedule: `lr_scheduler_type`, `warmup_steps` and `total_steps`, as for
+            `learning_rate_at`.
+
+    Returns:
+        The loss before each step, in nats per token.
+
+    Raises:
+        TrainingError: nothing is trainable, a step has no answer token, the loss stops being
+            finite, or a setting means nothing.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    check_training(trained, gradient_accumulation_steps, max_grad_norm)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    model.train()
+    losses, remaining = [], iter(batches)
+    while parts := list(islice(remaining, gradient_accumulation_steps)):
+        step, tokens = len(losses), sum(answer_tokens(part) for part in parts)
+        if not tokens:
+            raise TrainingError(f"no token of step {step + 1} has a label; look at its rows")
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, lr, **schedule)
+        losses.append(accumulate(model, parts, tokens))
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"the loss is {losses[-1]} at step {step + 1}; lower lr={lr}")
+        nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def check_training(
+    trained: Sequence[Tensor], gradient_accumulation_steps: int, max_grad_norm: float
+) -> None:
+    """Refuse to train nothing, or with a setting that means nothing."""
+    if not trained:
+        raise TrainingError(
+            "no parameter requires a gradient; call add_lora or replace_linear_layers first"
+        )
+    require_counts(TrainingError, gradient_accumulation_steps=gradient_accumulation_steps)
+    if not max_grad_norm > 0:
+        raise TrainingError(f"max_grad_norm must be above 0 (inf never clips), not {max_grad_norm}")
+
+
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, encoded: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 32
 ) -> float:
-    """Mean loss over all answer tokens of ``encoded``, in nats a token."""
+    """Mean loss over all answer tokens of `encoded`, in nats per token.
+
+    Raises:
+        TrainingError: there is no answer token, or `batch_size` is no count.
+    """
+    require_counts(TrainingError, batch_size=batch_size)
     rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
     total, tokens = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size])
             total += completion_loss(model, batch, reduction="sum").item()
@@ -200,18 +259,22 @@ def generate_answers(
 
     Prompts are padded on the left, so that every answer begins right after its question, and an
     answer is the same alone and in a batch (up to ties within float rounding).
+
+    Raises:
+        TrainingError: `max_new_tokens` or `batch_size` is no count.
     """
+    require_counts(TrainingError, max_new_tokens=max_new_tokens, batch_size=batch_size)
     encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     end, answers = tokenizer.eos_token_id, [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids = _pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
-        mask = _pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
-        with _evaluating(model):
+        ids = pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
+        mask = pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
+        with evaluating(model):
             out = model.generate(
-                input_ids=ids.to(_device(model)),
-                attention_mask=mask.to(_device(model)),
+                input_ids=ids.to(device_of(model)),
+                attention_mask=mask.to(device_of(model)),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
@@ -244,14 +307,17 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
 
 
-def _pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    tensors = [torch.tensor(ids) for ids in lists]
-    return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on if it was on."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back on if it was on.
+
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
     was_training = model.training
     model.eval()
     try:
@@ -260,5 +326,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, as its first parameter says."""
     return next(model.parameters()).device

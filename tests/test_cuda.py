@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qlora_edu.finetuning import finetune
+from qlora_edu.kernels import PrefetchingPagedAdamW
 from qlora_edu.memory import plan_memory
 from qlora_edu.paging import PagedAdamW
 from qlora_edu.planner.fake_step import training_loss
@@ -73,15 +74,15 @@ def test_the_layer_gives_the_outputs_and_gradients_of_bitsandbytes(dtype, tokens
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * tolerance * size)
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("kind", [PagedAdamW, PrefetchingPagedAdamW])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_paged_step_is_torchs_to_the_bit(dtype, prefetch):
+def test_a_paged_step_is_torchs_to_the_bit(dtype, kind):
     shapes = [(300, 70), (1,), (7, 11), (5000,), (64, 64)]
     ours, theirs = (
         [nn.Parameter(normal(*s, dtype=dtype, seed=i)) for i, s in enumerate(shapes)]
         for _ in range(2)
     )
-    paged = PagedAdamW(ours, lr=1e-2, budget_bytes=2**14, page_bytes=2**12, prefetch=prefetch)
+    paged = kind(ours, lr=1e-2, budget_bytes=2**14, page_bytes=2**12)
     plain = torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
     for step in range(6):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -89,7 +90,7 @@ def test_a_paged_step_is_torchs_to_the_bit(dtype, prefetch):
             b.grad = a.grad.clone()
         paged.step()
         plain.step()
-    assert paged.counters.evictions > 0
+    assert paged.table.faults > paged.table.frames  # so some pages had to leave
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
 

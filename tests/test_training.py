@@ -9,7 +9,6 @@ from tiny import make_base, make_rows, make_tokenizer, write_jsonl
 from torch import nn
 
 from qlora_edu.adapters import adapter_tensors, load_adapters
-from qlora_edu.comparison import equivalence, mean_interval
 from qlora_edu.errors import LoRAError, TrainingError
 from qlora_edu.finetuning import make_trainer
 from qlora_edu.production.config import FinetuneConfig
@@ -296,6 +295,55 @@ def test_the_schedules_are_those_of_transformers(name):
         learning_rate_at(0, 0.3, "cosin")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ((0, 1.0, "constant_with_warmup", -1), "warmup_steps must be 0 or more, not -1"),
+        ((0, 1.0, "linear", 0, 0), "ends at total_steps=0"),
+        ((0, 1.0, "cosine", 2, -3), "ends at total_steps=-3"),
+        ((7, 1.0, "linear", 0, 6), "total_steps=6, and step 7"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(schedule, says):
+    with pytest.raises(TrainingError, match=says):
+        learning_rate_at(*schedule)
+    assert learning_rate_at(6, 1.0, "linear", 0, 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0"),
+        ({"lr_scheduler_type": "linear"}, "ends at total_steps=0"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+    ],
+)
+def test_a_setting_that_means_nothing_trains_nothing(base, encoded, settings, says):
+    model = own_model(base)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(TrainingError, match=says):
+        train(model, [collate(encoded[:2])], 1e-3, **settings)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0])
+def test_counts_that_mean_nothing_are_refused(base, encoded, tokenizer, count):
+    model, prompts = plain_model(base), [make_rows(1)[0]["messages"][:1]]
+    with pytest.raises(TrainingError, match="batch_size must be a whole number"):
+        held_out_loss(model, encoded[:2], count)
+    with pytest.raises(TrainingError, match="batch_size must be a whole number"):
+        generate_answers(model, tokenizer, prompts, batch_size=count)
+    with pytest.raises(TrainingError, match="max_new_tokens must be a whole number"):
+        generate_answers(model, tokenizer, prompts, max_new_tokens=count)
+    with pytest.raises(TrainingError, match="rows must be a whole number"):
+        row_order(count, 5, seed=0)  # without rows it would look for one for ever
+
+
 def test_four_batches_of_two_train_as_one_of_eight(base, encoded):
     # Some rows are trained on whole, so that a mean of means would be another number.
     rows_of_all_sorts = [
@@ -342,58 +390,3 @@ def test_a_step_without_answers_is_refused(base, encoded):
     batches = [collate(encoded[:2]), collate([row])]
     with pytest.raises(TrainingError, match="no token of step 2 has a label"):
         train(own_model(base), batches, 1e-3)
-
-
-# What several seeds show
-
-
-def test_the_interval_is_students():
-    from scipy import stats
-
-    values = [0.90, 0.94, 0.92, 0.97, 0.88]
-    low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    assert mean_interval(values) == pytest.approx((sum(values) / 5, low, high))
-    with pytest.raises(TrainingError, match="at least two runs"):
-        mean_interval([0.9])
-
-
-def test_equivalence_is_two_one_sided_paired_t_tests():
-    from scipy import stats
-
-    first, second, margin = [0.95, 0.97, 0.96, 0.99], [0.94, 0.975, 0.97, 0.96], 0.03
-    found = equivalence(first, second, margin)
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    below = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    above = stats.ttest_1samp(differences, margin, alternative="less").pvalue
-    assert found.p == pytest.approx(max(below, above))
-    # Twice the level is outside: the interval says the same as the two tests.
-    inside = -margin < found.difference.low and found.difference.high < margin
-    assert found.equivalent == inside == (found.p < 0.05)
-
-
-def test_equivalence_has_a_verdict_for_runs_without_spread():
-    assert equivalence([0.5, 0.5], [0.5, 0.5], 0.1).equivalent
-    assert not equivalence([0.9, 0.9], [0.5, 0.5], 0.1).equivalent
-
-
-def test_equivalence_finds_equal_what_is_equal_and_rarely_what_is_not():
-    """At the margin itself the test may err in one case of twenty; 3,000 draws bound that well."""
-    generator = torch.Generator().manual_seed(0)
-
-    def share(true_difference):
-        draws = true_difference + 0.02 * torch.randn(3000, 5, generator=generator)
-        zeros = [0.0] * 5
-        return sum(equivalence(row, zeros, 0.05).equivalent for row in draws.tolist()) / 3000
-
-    assert share(0.0) > 0.95
-    assert 0.035 < share(0.05) < 0.065  # 0.05, give or take four standard errors
-    assert share(0.10) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "margin", "says"),
-    [([1.0], [1.0, 2.0], 0.1, "cannot be paired"), ([1.0, 2.0], [1.0, 2.0], 0, "must be positive")],
-)
-def test_equivalence_refuses_what_it_cannot_test(first, second, margin, says):
-    with pytest.raises(TrainingError, match=says):
-        equivalence(first, second, margin)

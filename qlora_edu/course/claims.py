@@ -675,7 +675,7 @@ def _345m_24m_12m() -> Answer:
 def compare(first: str, second: str, measure: str) -> tuple[str, str]:
     """Two ways of fine-tuning, paired by seed: a verdict, and the difference with its interval.
 
-    The verdict is "equivalent", "different" (by more than the margin, surely), or "not shown".
+    The verdict is that of chapter 8's `Equivalence`.
     """
     values = {}
     for way in (first, second):
@@ -687,9 +687,7 @@ def compare(first: str, second: str, measure: str) -> tuple[str, str]:
         values[way] = [run[measure] for run in sorted(runs, key=lambda run: run["seed"])]
     test = equivalence(values[first], values[second], MARGIN)
     mean, low, high = test.difference
-    different = low > MARGIN or high < -MARGIN
-    verdict = "equivalent" if test.equivalent else "different" if different else "not shown"
-    return verdict, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return test.verdict, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def equal_in_both(first: str, second: str, names: str) -> Answer:

@@ -1,10 +1,17 @@
-"""Where the pages of chapter 7 wait: pinned memory beside a GPU, a file beside a CPU."""
+"""Where the pages of chapter 7 wait, what copies them, and what can wait there at all.
+
+The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The copiers move
+pages while something else is computed: on a worker thread, or on a CUDA stream of their own. The
+checks refuse, before anything has changed, what a paged AdamW would have to ignore.
+"""
 
 import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,16 +21,39 @@ from torch import Tensor
 from qlora_edu.errors import PagingError
 
 ALIGNMENT = 64  # bytes: every dtype, and every vector register, may start here
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATES = ("exp_avg", "exp_avg_sq")
+OPTIONS = ("lr", "betas", "eps", "weight_decay")
+UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
-class HostTierError(PagingError, OSError):
+class HostTierError(OSError, PagingError):
     """The states found no room: a full disk, a folder that is missing or read-only."""
 
 
-def _reserve_rows(
+# Where the pages wait
+
+
+def reserve_states(
     parameters: list[Tensor], folder: str | os.PathLike | None
 ) -> dict[Tensor, Tensor]:
-    """Both states of every parameter, in the host tier: zeros ``[2, elements]`` in its dtype."""
+    """Make room in the host tier for both states of every parameter.
+
+    Args:
+        parameters: all on one device, which decides between pinned memory and a file.
+        folder: where the file goes; by default where `tempfile` puts files.
+
+    Returns:
+        For each parameter of `n` elements zeros, `[2, n]` in its dtype.
+
+    Raises:
+        HostTierError: there is no room, or no such folder.
+
+    >>> weight = torch.ones(2, 3)
+    >>> reserve_states([weight], folder=None)[weight]
+    tensor([[0., 0., 0., 0., 0., 0.],
+            [0., 0., 0., 0., 0., 0.]])
+    """
     if not parameters:
         return {}
     sizes = [-(-2 * p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
@@ -76,31 +106,135 @@ def _fill(file: Any, nbytes: int) -> None:
     file.flush()
 
 
+class HostTierAdamW(torch.optim.AdamW):
+    """What `torch.optim.AdamW` is to the outside, with its states in the host tier.
+
+    It reserves the states of each group, gives them out as torch does, and takes them back. A
+    subclass says how a step brings them to the device, and what it needs for that (`_admit`);
+    `flush` writes back what is on the device, and `_forget_frames` drops it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        folder: str | os.PathLike | None,
+    ) -> None:
+        self.folder = folder
+        self._device: torch.device | None = None
+        self._host_states: dict[Tensor, Tensor] = {}  # of each parameter: [2, elements]
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the states in the host tier."""
+        return sum(states.nbytes for states in self._host_states.values())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, and reserve its host tier; on an error, change nothing.
+
+        Raises:
+            PagingError: the group cannot be paged.
+            HostTierError: there is no room for its states.
+        """
+        super().add_param_group(dict(param_group))
+        try:
+            check_options(self.param_groups[-1])
+            parameters = self.param_groups[-1]["params"]
+            check_parameters(parameters, self._device)
+            host_states = reserve_states(parameters, self.folder)
+            self._admit(host_states)
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+        self._host_states |= host_states
+        self._device = self._device or next((p.device for p in parameters), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states as `torch.optim.AdamW` gives them, copied into ordinary host memory."""
+        self.flush()
+        held = self.state
+        try:
+            self.state = {p: self._whole_state(p) for p, state in held.items() if state}
+            return super().state_dict()
+        finally:
+            self.state = held
+
+    def _whole_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        rows = zip(STATES, self._host_states[parameter], strict=True)
+        copies = {name: row.view(parameter.shape).clone() for name, row in rows}
+        return {"step": self.state[parameter]["step"].clone(), **copies}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what this class or `torch.optim.AdamW` has saved, straight into the host tier.
+
+        Raises:
+            PagingError: it does not fit this optimizer; nothing has been changed.
+        """
+        parameter_of = match_state_dict(state_dict, self.param_groups)
+        self.flush()  # a copy that is under way would land on what is loaded
+        self._forget_frames()
+        steps = {}
+        for key, parameter in parameter_of.items():
+            states, state = self._host_states[parameter], state_dict["state"].get(key)
+            if not state:
+                states.zero_()
+                continue
+            for name, row in zip(STATES, states, strict=True):
+                row.copy_(state[name].reshape(-1))
+            step = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+            steps[key] = {"step": step}
+        super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
+
+    def register_load_state_dict_pre_hook(self, *_: Any, **__: Any) -> None:
+        """Refused: such a hook would not see the states, which are never in one place.
+
+        Raises:
+            PagingError: always.
+        """
+        raise PagingError("change the state dict before you give it to load_state_dict")
+
+    def __getstate__(self) -> None:
+        raise PagingError(
+            "a PagedAdamW cannot be pickled or copied: its states are in a file of its own. Make "
+            "another, and give it state_dict() with load_state_dict()"
+        )
+
+
+# What copies them while something else is computed
+
+
 def _copy(moves: list[tuple[Tensor, Tensor]]) -> None:
-    # By NumPy: torch would raise a second team of threads, and the two would wait for each other.
+    # By NumPy: torch would start a second team of threads, and the two would wait for each other.
     for destination, source in moves:
         np.copyto(destination.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
 
 
-class _ThreadCopier:
+class ThreadCopier:
     """Copies between two places in CPU memory, on one worker thread, in the order asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paging")
 
     def adopt(self, frame: Tensor) -> None:
-        pass
+        """Nothing to do: Python keeps the memory of a copy that is under way."""
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> Future:
+        """Start to copy pairs of (destination, source); returns what `wait` takes."""
         return self._worker.submit(_copy, moves)
 
     def wait(self, copies: Future) -> None:
+        """Go on once those copies are done; an error in one of them is raised here."""
         copies.result()
 
     finish = wait
 
 
-class _StreamCopier:
+class StreamCopier:
     """Copies between a GPU and pinned memory, on a stream beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -108,10 +242,12 @@ class _StreamCopier:
         self._stream = torch.cuda.Stream(device)
 
     def adopt(self, frame: Tensor) -> None:
-        # Should the frame be freed while a copy is under way, nobody else gets its memory before.
+        """Tell the allocator that this stream uses the frame, too."""
+        # So a frame freed during a copy is handed to nobody else before the copy has ended.
         frame.record_stream(self._stream)
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> Any:
+        """Start to copy pairs of (destination, source); returns what `wait` takes."""
         # What is written back is computed first, and a frame is overwritten after its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -121,7 +257,119 @@ class _StreamCopier:
             return self._stream.record_event()
 
     def wait(self, copies: Any) -> None:
+        """Let the GPU's computing wait for those copies; Python goes on at once."""
         torch.cuda.current_stream(self._device).wait_event(copies)
 
     def finish(self, copies: Any) -> None:
+        """Let Python itself wait, before it reads the host tier."""
         copies.synchronize()
+
+
+# What is refused before anything has changed
+
+
+def check_budget(budget_bytes: int, page_bytes: int) -> None:
+    """Refuse a budget that has no room for one page."""
+    for name, value in (("budget_bytes", budget_bytes), ("page_bytes", page_bytes)):
+        if not isinstance(value, int) or value < 1:
+            raise PagingError(f"{name} must be a whole number of bytes, not {value!r}")
+    if budget_bytes < page_bytes:
+        raise PagingError(
+            f"a budget of {budget_bytes:,} bytes has no room for one page of {page_bytes:,}: "
+            "raise budget_bytes or lower page_bytes"
+        )
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Refuse an option of `torch.optim.AdamW` that the plain update does not have."""
+    for name in UNSUPPORTED:
+        if group.get(name):
+            raise PagingError(f"PagedAdamW has no {name}: leave it out, or set it to False")
+    for name in OPTIONS:
+        values = group[name] if name == "betas" else [group[name]]
+        if not all(isinstance(value, Real) for value in values):
+            raise PagingError(f"{name} must be a plain number, not {group[name]!r}")
+
+
+def check_parameters(parameters: list[Tensor], device: torch.device | None) -> None:
+    """Refuse parameters that cannot be paged; `device` is that of earlier groups."""
+    for i, parameter in enumerate(parameters):
+        device = device or parameter.device
+        _check_parameter(parameter, f"parameter {i} of the group", device)
+    if len(set(parameters)) < len(parameters):
+        raise PagingError("a parameter is in the group twice: pass each once")
+
+
+def _check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
+    if parameter.device != device:
+        why = f"on {parameter.device}, others on {device}: make one optimizer per device"
+    elif device.type not in ("cpu", "cuda"):
+        why = f"on {device}, which has no host tier here: only cpu and cuda have one"
+    elif parameter.dtype not in DTYPES or parameter.layout != torch.strided:
+        why = f"{parameter.dtype}, {parameter.layout}: AdamW trains dense floating-point numbers"
+    elif not parameter.requires_grad:
+        why = "frozen: pass [p for p in model.parameters() if p.requires_grad]"
+    else:
+        return
+    raise PagingError(f"{name}, of shape {tuple(parameter.shape)}, is {why}")
+
+
+def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> None:
+    """Refuse a parameter or gradient that has changed its dtype, size or device, or is sparse."""
+    gradient = parameter.grad
+    found = (parameter.dtype, parameter.numel(), parameter.device, gradient.dtype)
+    wanted = (states.dtype, states.shape[1], device, states.dtype)
+    if found != wanted or gradient.layout != torch.strided:
+        raise PagingError(
+            f"a parameter {tuple(parameter.shape)} is {parameter.dtype} on {parameter.device}, "
+            f"with a gradient of {gradient.dtype}, {gradient.layout}; its states are "
+            f"{states.dtype} [2, {states.shape[1]}] for {device}. Convert a model before you "
+            "make its optimizer, and keep gradients dense (an embedding's: sparse=False)"
+        )
+
+
+def match_state_dict(
+    state_dict: dict[str, Any], own_groups: Iterable[dict[str, Any]]
+) -> dict[Any, Tensor]:
+    """Find the parameter of every key of a state dict, and check all that there is to check.
+
+    Raises:
+        PagingError: groups, states, shapes or options do not fit.
+    """
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    parameters = [group["params"] for group in own_groups]
+    sizes, own_sizes = [len(group["params"]) for group in groups], [len(p) for p in parameters]
+    if sizes != own_sizes:
+        raise PagingError(
+            f"the state dict has groups of {sizes} parameters, the optimizer of {own_sizes}: make "
+            "the optimizer with the groups that were saved"
+        )
+    for number, group in enumerate(groups):
+        lost = [name for name in OPTIONS if name not in group]
+        if lost:
+            raise PagingError(f"group {number} of the state dict has no {lost}: is it AdamW's?")
+        check_options(group)
+    keys = [key for group in groups for key in group["params"]]
+    parameter_of = dict(zip(keys, (p for own in parameters for p in own), strict=True))
+    for key, state in states.items():
+        if key not in parameter_of:
+            raise PagingError(f"the state dict has a state {key!r} of no parameter: is it damaged?")
+        if state:
+            _check_state(state, f"parameter {key}", parameter_of[key])
+    return parameter_of
+
+
+def _check_state(state: dict[str, Any], name: str, parameter: Tensor) -> None:
+    if set(state) != {"step", *STATES}:
+        raise PagingError(
+            f"the state of {name} has {sorted(state)}; AdamW's is step, exp_avg and exp_avg_sq"
+        )
+    wanted = [("step", torch.Size()), *((key, parameter.shape) for key in STATES)]
+    for key, shape in wanted:
+        value = torch.tensor(state[key]) if isinstance(state[key], Real) else state[key]
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise PagingError(
+                f"{key} of {name} is {found} in the state dict, but should have the shape "
+                f"{tuple(shape)}: is it from another model?"
+            )

@@ -1,10 +1,11 @@
-"""Support for chapters 8 to 10: conversations in, token ids and labels out.
+"""Conversations in, token ids and labels out. Support for chapters 8 to 10.
 
 A language model is fine-tuned on conversations, but it should only learn to write the *answers*.
-So each conversation becomes two rows of the same length: ``input_ids``, which the model reads, and
-``labels``, which hold -100 (ignored by the loss) on everything but the assistant's turns. The token
+So each conversation becomes two rows of the same length: `input_ids`, which the model reads, and
+`labels`, which hold -100 (ignored by the loss) on everything but the assistant's turns. The token
 that ends an answer is part of the answer: a model that is never taught to stop does not stop.
 
+What somebody says is text and never control: a user who types the end token has typed its letters.
 Data go wrong in quiet ways, so nothing is skipped without being counted and said, and every error
 names the file and the line.
 """
@@ -15,7 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from qlora_edu.errors import DataError
+import torch
+from torch import Tensor, nn
+
+from qlora_edu.errors import DataError, QloraError
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant")
@@ -38,20 +42,50 @@ class Message(TypedDict):
 
 
 class Conversation(list[Message]):
-    """A list of messages which remembers where it was read, as ``file:line``."""
+    """A list of messages that remembers where it was read, as `file:line`, and its whole row."""
 
-    def __init__(self, messages: Sequence[Message], where: str) -> None:
+    def __init__(
+        self, messages: Sequence[Message], where: str, row: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(messages)
         self.where = where
+        self.row = row or {}
+
+
+def pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """Bring lists of integers to one length: int64 `[lists, longest]`.
+
+    >>> pad([[5, 6], [7]], 0, side="left")
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    tensors = [torch.tensor(list(ids), dtype=torch.int64) for ids in lists]
+    return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
+
+
+def require_counts(error: type[QloraError], **counts: Any) -> None:
+    """Raise `error` for a setting that is no whole number of at least 1.
+
+    >>> require_counts(DataError, max_length=0)
+    Traceback (most recent call last):
+    qlora_edu.errors.DataError: max_length must be a whole number of at least 1, not 0
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise error(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def read_conversations(source: str | Path, split: str = "train") -> list[Conversation]:
     """Read and check every conversation of a JSONL file, a folder of them, or a Hub data set.
 
-    A row holds ``messages`` (a list of ``{"role", "content"}``) or ``text`` in the layout of
-    OASST1-Guanaco (``### Human: … ### Assistant: …``). A folder is read at ``{split}.jsonl``. Blank
-    lines are passed over. Rows with an empty answer are left out, and turns after the last answer
-    are dropped; both are counted and printed with file and line.
+    A row holds `messages` (a list of `{"role", "content"}`) or `text` in the layout of
+    OASST1-Guanaco (`### Human: … ### Assistant: …`); the whole row is kept as `.row` of each
+    conversation. Blank lines are passed over. Rows with an empty answer are left out, and turns
+    after the last answer are dropped; both are counted and printed with file and line.
+
+    Args:
+        source: a JSONL file, a folder, which is read at `{split}.jsonl`, or a data set of the Hub.
+        split: of a folder or of a data set.
 
     Raises:
         DataError: for a missing or empty file, bad UTF-8, a malformed line, a missing or null
@@ -69,7 +103,7 @@ def read_conversations(source: str | Path, split: str = "train") -> list[Convers
     if path.is_dir():
         path = path / f"{split}.jsonl"
     local = path.exists() or path.suffix in (".jsonl", ".json")
-    rows = _read_jsonl(path) if local else _read_hub(str(source), split)
+    rows = read_jsonl(path) if local else _read_hub(str(source), split)
     conversations, empty, unanswered = [], [], []
     for where, row in rows:
         messages = _messages(row, where)
@@ -80,7 +114,7 @@ def read_conversations(source: str | Path, split: str = "train") -> list[Convers
             unanswered.append(where)
             messages = messages[: answers[-1] + 1]
         if all(messages[i]["content"].strip() for i in answers):
-            conversations.append(Conversation(messages, where))
+            conversations.append(Conversation(messages, where, row))
         else:
             empty.append(where)
     _warn(empty, "left out, because of an empty answer")
@@ -96,23 +130,26 @@ def encode_conversation(
     """Token ids of a conversation, and labels which are -100 outside the assistant's answers.
 
     The tokenizer's own chat template writes the text. An answer's labels run up to and including
-    the end token. Both lists have the same length, at most ``max_length`` (the end is cut off).
+    the end token. Both lists have the same length, at most `max_length` (the end is cut off).
 
     Raises:
-        DataError: if the tokenizer has no chat template, or one from which the answers cannot be
-            told apart: it must end each answer with the end token, write earlier turns the same
-            way whatever follows, and keep prompt and answer in separate tokens.
+        DataError: if the tokenizer has no chat template, or one that refuses the conversation, or
+            one from which the answers cannot be told apart: it must end each answer with the end
+            token, write earlier turns the same way whatever follows, and keep prompt and answer in
+            separate tokens.
     """
+    if max_length is not None:
+        require_counts(DataError, max_length=max_length)
     where = getattr(messages, "where", "this conversation")
     messages = list(messages)
-    ids = _apply_template(tokenizer, messages)
+    ids = _apply_template(tokenizer, messages, where)
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = encode_prompt(tokenizer, messages[:i])
+        prompt = _apply_template(tokenizer, messages[:i], where, add_generation_prompt=True)
         last = i == len(messages) - 1
-        until = ids if last else _apply_template(tokenizer, messages[: i + 1])
+        until = ids if last else _apply_template(tokenizer, messages[: i + 1], where)
         if ids[: len(prompt)] != prompt or ids[: len(until)] != until:
             raise DataError(
                 f"{where}: the chat template does not write turn {i + 1} the same way in training "
@@ -131,22 +168,58 @@ def encode_conversation(
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's next answer."""
-    return _apply_template(tokenizer, list(messages), add_generation_prompt=True)
+    """Token ids of a conversation that waits for the assistant's next answer.
+
+    Raises:
+        DataError: if the tokenizer has no chat template, or one that refuses the conversation.
+    """
+    where = getattr(messages, "where", "this conversation")
+    return _apply_template(tokenizer, list(messages), where, add_generation_prompt=True)
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a whole conversation, without labels.
+
+    Raises:
+        DataError: see `encode_prompt`.
+    """
+    where = getattr(messages, "where", "this conversation")
+    return _apply_template(tokenizer, list(messages), where)
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text as text: a special token in it is spelt out in ordinary ones.
+
+    Raises:
+        DataError: the tokenizer has no other way to write it than as a special token.
+    """
+    if not text:
+        return []
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids = tokenizer(text, **options)["input_ids"]
+    control = set(_special_tokens(tokenizer).values()).intersection(ids)
+    if control:
+        names = tokenizer.convert_ids_to_tokens(sorted(control))
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path!r} reads {names} in {text[:40]!r} as "
+            "control, and cannot spell it out: take it out of the text"
+        )
+    return ids
 
 
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """Encode many; count and print which answers ``max_length`` cuts short or away.
+    """Encode many; count and print which answers `max_length` cuts short or away.
 
     A row whose answers are cut away entirely is left out: nothing in it can be learned. A row cut
     inside an answer stays, without the end token that it no longer reaches.
 
     Raises:
-        DataError: if no row is left; see also ``encode_conversation``.
+        DataError: if no row is left; see also `encode_conversation`.
     """
     encoded, shortened, lost = [], [], []
+    require_counts(DataError, max_length=max_length)
     for number, messages in enumerate(conversations, start=1):
         where = getattr(messages, "where", f"conversation {number}")
         row = encode_conversation(tokenizer, messages)
@@ -164,36 +237,100 @@ def encode_conversations(
     return encoded
 
 
-def _apply_template(tokenizer: Any, messages: list[Message], **options: bool) -> list[int]:
+def _apply_template(
+    tokenizer: Any, messages: list[Message], where: str, **options: bool
+) -> list[int]:
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, as is usual for a "
             "base model; set chat_template='guanaco' for the paper's layout"
         )
+    if not messages:
+        raise DataError(f"{where}: the conversation begins with an answer; put its question before")
+    # The template writes control tokens as text. So those that somebody has typed are marked first,
+    # and spelt out afterwards: once the text is written nobody could tell them apart.
+    said = "".join(message["content"] for message in messages)
+    typed = sorted((t for t in _special_tokens(tokenizer) if t in said), key=len, reverse=True)
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    pattern = re.compile("|".join(map(re.escape, typed)) or "(?!)")  # nothing typed, no match
+    marked = [
+        {**m, "content": pattern.sub(lambda t: f"{mark}{typed.index(t[0])}{mark}", m["content"])}
+        for m in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, **options)
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
+            "use another template (chat_template='guanaco' takes any)"
+        ) from error
     # Whoever asks says what is too long; the tokenizer would warn of it besides.
-    kind = {"tokenize": True, "return_dict": False, "tokenizer_kwargs": {"verbose": False}}
-    return tokenizer.apply_chat_template(messages, **kind, **options)
+    plain = {"add_special_tokens": False, "verbose": False}
+    ids = []
+    for i, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
+        if i % 2 == 0:
+            ids += tokenizer(part, **plain)["input_ids"]
+        else:  # what stands between two marks is the number of a token
+            ids += encode_plain(tokenizer, typed[int(part)])
+    return ids
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Every special token of a tokenizer, as it is written, and its id."""
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place, as `file:line`, and the object of every line that is not blank.
+
+    Raises:
+        DataError: the file is missing, empty or no JSONL; the message says what to do.
+    """
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a JSONL file or the name of a Hub data set")
-    if not path.read_bytes().strip():
-        raise DataError(f"{path} is empty; expected one JSON object a line")
+    _check_format(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             try:
                 text = line.decode("utf-8").strip()
-                if text:
-                    yield where, json.loads(text)
+                row = json.loads(text) if text else {}
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not a line of JSON ({error})") from error
+                raise DataError(
+                    f"{where}: not a line of JSON ({error}); write one object per line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+            if text:
+                yield where, row
 
 
-def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def _check_format(path: Path) -> None:
+    """Refuse a file that is no JSONL from its first line on, and say how to make it one."""
+    content = path.read_bytes()
+    if not content.strip():
+        raise DataError(f"{path} is empty; expected one JSON object per line")
+    for start, what, remedy in (
+        (b"\x1f\x8b", "compressed with gzip", "unpack it first (gunzip)"),
+        (b"PK\x03\x04", "a zip archive", "unpack it first (unzip)"),
+        (b"PAR1", "a Parquet file", "write it as JSONL first (pandas: to_json(lines=True))"),
+        (b"\xef\xbb\xbf", "marked with a byte order mark", "save it as UTF-8 without BOM"),
+    ):
+        if content.startswith(start):
+            raise DataError(f"{path} is {what}; {remedy}")
+    if content.lstrip().startswith(b"["):
+        raise DataError(
+            f"{path} is a JSON array; write one object per line instead (jq -c '.[]' {path.name}, "
+            "or json.dumps of each row)"
+        )
+
+
+def _read_hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     try:
@@ -208,9 +345,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
         yield f"{name}[{split}]:{number}", row
 
 
-def _messages(row: Any, where: str) -> list[Message]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+def _messages(row: dict[str, Any], where: str) -> list[Message]:
     field = "messages" if "messages" in row else "text"
     if field not in row:
         raise DataError(f"{where}: needs 'messages' or 'text', found only {sorted(row)}")

@@ -1,4 +1,4 @@
-"""Support for chapter 10: how a model is made to speak, one token at a time.
+"""How a model is made to speak, one token at a time. Support for chapter 10.
 
 A language model gives probabilities for the next token and nothing more. Everything else is done
 around it, and here by hand: choose a token (the likeliest, or by lot from the *nucleus*), hand it
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.errors import GenerationError
-from qlora_edu.text.conversations import Message, encode_prompt
+from qlora_edu.text.conversations import Message, encode_prompt, pad, require_counts
 
 
 class PromptTooLongError(GenerationError):
@@ -23,15 +23,23 @@ class PromptTooLongError(GenerationError):
 def next_token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_p: float = 1.0
 ) -> Tensor:
-    """What the next token is drawn from: ``[..., vocabulary]`` logits in, probabilities out.
+    """What the next token is drawn from.
 
-    ``temperature`` divides the logits: below 1 it sharpens, above 1 it flattens; 0 is *greedy*, all
-    on the likeliest token. ``top_p`` then keeps the **nucleus**: the fewest of the likeliest tokens
-    that together have at least that much, made to sum to 1. Equals transformers' temperature and
-    top-p warpers. Source: Holtzman and others, arXiv 1904.09751, section 3.1.
+    Args:
+        logits: `[..., vocabulary]`.
+        temperature: divides the logits: below 1 it sharpens, above 1 it flattens; 0 is *greedy*,
+            all on the likeliest token.
+        top_p: then keeps the **nucleus**: the fewest of the likeliest tokens that together have at
+            least that much, made to sum to 1. Of equally likely ones the first is kept.
+
+    Returns:
+        Probabilities, float32, of the shape of `logits`.
 
     Raises:
-        GenerationError: if ``temperature`` is negative or ``top_p`` not in (0, 1].
+        GenerationError: if `temperature` is negative or `top_p` not in (0, 1].
+
+    Equals transformers' temperature and top-p warpers, but for ties, of which it keeps the last.
+    Source: Holtzman and others, arXiv 1904.09751, section 3.1.
 
     >>> logits = torch.tensor([0.5, 0.3, 0.2]).log()
     >>> next_token_probabilities(logits, top_p=0.6)
@@ -54,7 +62,11 @@ def next_token_probabilities(
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse a temperature or nucleus that means nothing."""
+    """Refuse a temperature or nucleus that means nothing.
+
+    Raises:
+        GenerationError: `temperature` is negative or not finite, or `top_p` not in (0, 1].
+    """
     if not 0 <= temperature < float("inf"):
         raise GenerationError(f"temperature must be 0 (greedy) or more, not {temperature!r}")
     if not 0 < top_p <= 1:
@@ -73,21 +85,29 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each prompt; None for those that have ended.
 
-    ``prompts`` are lists of token ids. They are padded on the *left*, the padding is masked, and
-    positions are counted from each prompt's own first token: so a prompt gets the same answer alone
-    and in a batch, but for the last bits of floats. Keys and values are kept from step to step.
-    The ``end`` token is not yielded. Draws come from ``generator``, and from nothing else.
+    Prompts are padded on the *left*, the padding is masked, and positions are counted from each
+    prompt's own first token: so a prompt gets the same answer alone and in a batch, but for the
+    last bits of floats. Keys and values are kept from step to step.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        prompts: token ids of each.
+        end: the end token, which is not yielded.
+        max_new_tokens: of each answer.
+        temperature, top_p: as for `next_token_probabilities`.
+        generator: draws come from it and from nothing else.
 
     Raises:
         PromptTooLongError: if a prompt fills the positions that the model knows.
         GenerationError: for an empty prompt or a bad setting.
     """
     check_sampling(temperature, top_p)
+    require_counts(GenerationError, max_new_tokens=max_new_tokens)
     _check_prompts(prompts, getattr(model.config, "max_position_embeddings", None))
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
-    ids = torch.tensor([[end] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = pad(prompts, end, side="left").to(device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     # The room may run out before max_new_tokens do.
     room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens)
     going, kept = [True] * len(prompts), None
@@ -135,11 +155,21 @@ def sample_answers(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[str]:
-    """Answer each conversation; greedily, unless ``temperature`` is above 0.
+    """Answer each conversation; greedily, unless `temperature` is above 0.
 
-    With temperature 0 the same answers as ``training.generate_answers``, which leaves the loop to
+    With temperature 0 the same answers as `training.generate_answers`, which leaves the loop to
     transformers.
+
+    Args:
+        prompts: conversations that wait for an answer.
+        max_new_tokens, temperature, top_p: as for `generate_tokens`.
+        batch_size: prompts at a time.
+        seed: of the draws.
+
+    Raises:
+        PromptTooLongError, GenerationError: see `generate_tokens`.
     """
+    require_counts(GenerationError, batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     answers = []
     for start in range(0, len(prompts), batch_size):
@@ -166,6 +196,9 @@ def stream_answer(
 
     It is the whole answer each time, and not the new piece: one token is not always whole letters,
     so what the last one looks like may change when the next has come.
+
+    Raises:
+        PromptTooLongError, GenerationError: see `generate_tokens`.
     """
     prompt = encode_prompt(tokenizer, messages)
     generator, new = torch.Generator().manual_seed(seed), []

@@ -1,12 +1,11 @@
-"""Support for chapters 2, 3, 8 and 10: how surprised is a model, and how much more when rounded?
+"""How surprised is a model, and how much more when rounded? Support for chapters 2, 3, 8 and 10.
 
 Weight error is a cheap judge of a number format; the model's own surprise at text is the court of
-appeal. Perplexity is the exponential of the mean loss a token: a model of perplexity 8 hesitates,
+appeal. Perplexity is the exponential of the mean loss per token: a model of perplexity 8 hesitates,
 on average, as between 8 equally likely tokens. Differences between formats are small, so losses
 come back document by document: two formats that read the same documents can be compared in pairs.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_edu.text.conversations import IGNORED
+from qlora_edu.adapters import find_linear_layers
+from qlora_edu.errors import DataError
+from qlora_edu.text.conversations import (
+    IGNORED,
+    encode_messages,
+    encode_plain,
+    pad,
+    read_jsonl,
+    require_counts,
+)
 
 
 class Surprise(NamedTuple):
@@ -30,7 +38,7 @@ class Surprise(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Nats a token, over all tokens."""
+        """Nats per token, over all tokens."""
         return (self.nats.sum() / self.tokens.sum()).item()
 
     @property
@@ -44,20 +52,35 @@ class Surprise(NamedTuple):
 
 
 def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list[list[int]]:
-    """Read a JSONL file of `{"text": ...}` or chat `{"messages": [...]}` as token ids, one a line.
+    """Read a JSONL file of `{"text": ...}` or chat `{"messages": [...]}` as token ids.
 
-    A text gets the begin and the end token around it; chat goes through the tokenizer's template.
-    Each document is cut at `max_length` tokens.
+    A text gets the begin and the end token around it, as far as the tokenizer has them; chat goes
+    through the tokenizer's template.
+
+    Args:
+        path: of the file.
+        max_length: tokens at which each document is cut.
+
+    Returns:
+        The token ids of each document.
+
+    Raises:
+        DataError: the file or a line of it cannot be used; the message names the line.
     """
+    require_counts(DataError, max_length=max_length)
+    begin, end = (
+        [] if token is None else [token]
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
     rows = []
-    with Path(path).open(encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
-            if "messages" in document:
-                text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-            else:
-                text = f"{tokenizer.bos_token}{document['text']}{tokenizer.eos_token}"
-            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:max_length])
+    for where, document in read_jsonl(Path(path)):
+        if "messages" in document:
+            ids = encode_messages(tokenizer, document["messages"])
+        elif "text" in document:
+            ids = begin + encode_plain(tokenizer, document["text"]) + end
+        else:
+            raise DataError(f"{where}: needs 'messages' or 'text', found only {sorted(document)}")
+        rows.append(ids[:max_length])
     return rows
 
 
@@ -67,8 +90,16 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
 
     Args:
         model: takes `input_ids` `[batch, tokens]`, returns an object with `.logits`.
-        rows: token ids of each document, at least two.
+        rows: token ids of each document, at least two: the first is only read.
+        batch_size: documents at a time.
+
+    Raises:
+        DataError: a document is too short, or `batch_size` is no count.
     """
+    require_counts(DataError, batch_size=batch_size)
+    short = [number for number, row in enumerate(rows) if len(row) < 2]
+    if short:
+        raise DataError(f"document {short[0]} has no second token to be surprised at: leave it out")
     device = getattr(model, "device", "cpu")  # a plain function has none
     nats = torch.zeros(len(rows), dtype=torch.float64)
     tokens = torch.tensor([len(row) - 1 for row in rows])
@@ -76,10 +107,8 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         # Padding stands at the end, where a causal model's earlier tokens do not see it.
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True)
-        labels = nn.utils.rnn.pad_sequence(
-            [torch.tensor(rows[i][1:]) for i in chosen], batch_first=True, padding_value=IGNORED
-        )
+        ids = pad([rows[i] for i in chosen], 0)
+        labels = pad([rows[i][1:] for i in chosen], IGNORED)
         logits = model(input_ids=ids.to(device)).logits[:, :-1].float()
         losses = F.cross_entropy(
             logits.transpose(1, 2), labels.to(device), ignore_index=IGNORED, reduction="none"
@@ -126,11 +155,7 @@ def rounded_weights(
 def linear_weights(model: nn.Module) -> list[str]:
     """Name the weights that bitsandbytes quantises: of every `nn.Linear` but the output head.
 
-    >>> linear_weights(nn.ModuleDict({"up": nn.Linear(2, 2), "lm_head": nn.Linear(2, 2)}))
-    ['up.weight']
+    >>> linear_weights(nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2)))
+    ['1.weight']
     """
-    return [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head"
-    ]
+    return [f"{name}.weight" for name in find_linear_layers(model)]

@@ -68,7 +68,7 @@ def test_a_short_run_is_measured_in_every_way(study, monkeypatch):
 
 
 class InThisProcess:
-    """Stands for the pool: runs at once, and fails after ``lives`` runs."""
+    """Stands for the pool: runs at once, and fails after `lives` runs."""
 
     lives = 10**9
 

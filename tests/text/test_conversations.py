@@ -1,5 +1,6 @@
 """Conversations come in checked and go out as ids and labels, and nothing is lost unsaid."""
 
+import gzip
 import json
 
 import pytest
@@ -14,7 +15,10 @@ from qlora_edu.text.conversations import (
     Conversation,
     encode_conversation,
     encode_conversations,
+    encode_messages,
+    encode_plain,
     encode_prompt,
+    pad,
     read_conversations,
 )
 
@@ -51,6 +55,12 @@ def test_messages_rows_are_read_with_their_place(tmp_path):
     rows = read_conversations(path)
     assert rows == [talk("Who?", "Ida")] * 2
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]  # blank lines still count
+
+
+def test_a_conversation_keeps_its_whole_row(tmp_path):
+    row = {"messages": talk("Who?", "Ida", "And?"), "family": "question"}
+    (read,) = read_conversations(write_jsonl(tmp_path / "data.jsonl", [row]))
+    assert read == talk("Who?", "Ida") and read.row == row
 
 
 def test_a_folder_is_read_at_its_split(tmp_path):
@@ -101,6 +111,24 @@ def test_a_bad_line_is_an_error_with_file_and_line(tmp_path, line, says):
 def test_an_empty_file_is_an_error(tmp_path, content):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.jsonl is empty"):
+        read_conversations(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f"[{GOOD},\n{GOOD}]".encode(), r"is a JSON array; write one object per line"),
+        (f"\n [\n{GOOD}\n]".encode(), r"is a JSON array; write one object per line"),
+        (f"\ufeff{GOOD}".encode(), "byte order mark; save it as UTF-8 without BOM"),
+        (gzip.compress(GOOD.encode()), r"compressed with gzip; unpack it first \(gunzip\)"),
+        (b"PK\x03\x04...", "a zip archive; unpack it"),
+        (b"PAR1....", "a Parquet file; write it as JSONL"),
+        (json.dumps(json.loads(GOOD), indent=1).encode(), ":1: not a line of JSON.*per line"),
+    ],
+)
+def test_a_file_that_is_no_jsonl_is_told_what_to_become(tmp_path, content, says):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"data\.jsonl.*{says}"):
         read_conversations(tmp_path / "data.jsonl")
 
 
@@ -201,6 +229,61 @@ def test_a_template_that_hides_the_answer_is_refused(tokenizer, template, says):
         encode_conversation(tokenizer, Conversation(talk("Who?", "Ida"), "f.jsonl:7"))
 
 
+def special_tokens(tokenizer) -> dict[str, int]:
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("template", [None, GUANACO_TEMPLATE, CHATML])
+def test_a_special_token_that_somebody_types_is_text(tokenizer, template, role):
+    """In prompts and in training rows, every one of the tokenizer's, in every role."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    special = special_tokens(tokenizer)
+    assert len(special) == 5
+    for typed in (*special, "".join(special), "a<|end|> b <|user|>c", "<|<|end|>|>"):
+        opening = [{"role": "system", "content": "Be brief."}] if role == "system" else []
+        plain = [*opening, *talk("Who?", "Ida")]
+        asked = [{**m, "content": typed} if m["role"] == role else m for m in plain]
+        for encode in (encode_messages, encode_prompt):
+            ids, harmless = encode(tokenizer, asked), encode(tokenizer, plain)
+            for number in special.values():
+                assert ids.count(number) == harmless.count(number)
+            assert typed in tokenizer.decode(ids)
+        row = encode_conversation(tokenizer, asked)
+        assert row["input_ids"] == encode_messages(tokenizer, asked)
+        labels = [label for label in row["labels"] if label in special.values()]
+        assert labels == [tokenizer.eos_token_id]
+
+
+def test_ids_are_those_of_the_tokenizers_own_template(tokenizer):
+    for template in (tokenizer.chat_template, GUANACO_TEMPLATE, CHATML):
+        tokenizer.chat_template = template
+        for messages in (talk("Who?", "Ida"), talk(" Mara \n", "<|", "\ue000 é", "|end|>")):
+            theirs = tokenizer.apply_chat_template(messages, return_dict=False)
+            assert encode_messages(tokenizer, messages) == theirs
+            theirs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+            assert encode_prompt(tokenizer, messages) == theirs
+
+
+def test_a_special_token_that_cannot_be_spelt_out_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: {"input_ids": [2]})
+    with pytest.raises(DataError, match=r"reads \['<\|end\|>'\] in 'a<\|end\|>' as control"):
+        encode_plain(tokenizer, "a<|end|>")
+
+
+def test_a_conversation_that_begins_with_an_answer_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"f\.jsonl:7: .*begins with an answer"):
+        encode_conversation(tokenizer, Conversation(talk("Who?", "Ida")[1:], "f.jsonl:7"))
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"f\.jsonl:7: .*refuses .*roles must alternate"):
+        encode_conversation(tokenizer, Conversation(talk("Who?", "Ida"), "f.jsonl:7"))
+
+
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="<|")
 
 
@@ -236,6 +319,20 @@ def test_answers_cut_by_the_limit_are_counted_and_named(tokenizer, capsys):
     assert f"1 row kept with an answer cut short by max_length={limit}: f.jsonl:2" in said
     with pytest.raises(DataError, match="max_length=3 leaves no answer"):
         encode_conversations(tokenizer, rows, 3)
+
+
+@pytest.mark.parametrize("limit", [0, -1, None, 2.5, True])
+def test_a_length_that_means_nothing_is_refused(tokenizer, limit):
+    with pytest.raises(DataError, match="max_length must be a whole number of at least 1"):
+        encode_conversations(tokenizer, [talk("Who?", "Ida")], limit)
+    if limit is not None:  # which is no limit for one conversation
+        with pytest.raises(DataError, match="max_length must be a whole number of at least 1"):
+            encode_conversation(tokenizer, talk("Who?", "Ida"), limit)
+
+
+def test_padding_fills_one_side():
+    assert pad([[1], [2, 3, 4], []], 9).tolist() == [[1, 9, 9], [2, 3, 4], [9, 9, 9]]
+    assert pad([[1], [2, 3]], 9, side="left").tolist() == [[9, 1], [2, 3]]
 
 
 def test_a_long_list_of_places_is_shortened(tokenizer, capsys):

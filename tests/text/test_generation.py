@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -33,6 +33,7 @@ def prompts():
 
 
 @settings(deadline=None, max_examples=60)
+@example([-2.220446049250313e-16, 0.0], 1.0, 0.25)
 @given(
     st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12, unique=True),
     st.floats(0.1, 3),
@@ -43,11 +44,24 @@ def test_the_probabilities_are_those_of_transformers(numbers, temperature, top_p
     warped = TemperatureLogitsWarper(temperature)(None, logits)
     theirs = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
     mine = next_token_probabilities(logits, temperature, top_p)
-    if torch.equal(mine > 0, theirs.isfinite()):
-        torch.testing.assert_close(mine, theirs.softmax(-1), rtol=1e-4, atol=1e-6)
+    theirs = theirs.softmax(-1)
+    # Of tokens that are equally likely in float32 ours keeps the first and theirs the last: what is
+    # kept is the same, whichever token has it.
+    mine_kept, their_kept = (p.sort(descending=True).values for p in (mine, theirs))
+    if torch.equal(mine_kept > 0, their_kept > 0):
+        torch.testing.assert_close(mine_kept, their_kept, rtol=1e-4, atol=1e-6)
+        chances = (logits / temperature).softmax(-1)
+        if len(chances.unique()) == chances.numel():
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     else:  # only where some of the likeliest have top_p to the last bit, or what is left is nothing
         sums = (logits / temperature).softmax(-1).sort(descending=True).values.cumsum(-1)
         assert (sums - top_p).abs().min() < 1e-5
+
+
+def test_of_two_equally_likely_tokens_the_first_is_kept():
+    tied = torch.tensor([-2.2e-16, 0.0])
+    assert next_token_probabilities(tied, top_p=0.25).tolist() == [1.0, 0.0]
+    assert next_token_probabilities(tied, temperature=0).tolist() == [0.0, 1.0]  # 0 is larger
 
 
 def test_the_nucleus_is_the_fewest_that_have_enough():
@@ -135,7 +149,7 @@ def test_draws_follow_the_probabilities_and_the_seed(tuned, prompts):
     assert one == same != other
     state = torch.get_rng_state()
     sample_answers(model, tokenizer, prompts[:1], **kind)
-    assert torch.equal(state, torch.get_rng_state()), "the dice of others were thrown"
+    assert torch.equal(state, torch.get_rng_state()), "it drew from the global generator"
 
 
 def test_a_nucleus_of_next_to_nothing_is_greedy(tuned, prompts):
@@ -168,6 +182,15 @@ def test_it_stops_at_the_end_token_at_the_limit_and_where_positions_end(tuned, p
 def test_an_empty_prompt_is_refused(tuned, prompts):
     with pytest.raises(GenerationError, match="empty"):
         next(generate_tokens(tuned[0], prompts, 0))
+
+
+def test_counts_that_mean_nothing_are_refused(tuned, prompts):
+    model, tokenizer = tuned
+    for count in (0, -5, 2.0):
+        with pytest.raises(GenerationError, match="max_new_tokens must be a whole number"):
+            next(generate_tokens(model, [[5]], 0, max_new_tokens=count))
+        with pytest.raises(GenerationError, match="batch_size must be a whole number"):
+            sample_answers(model, tokenizer, prompts, batch_size=count)
 
 
 @pytest.mark.parametrize(

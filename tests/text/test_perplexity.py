@@ -1,5 +1,6 @@
 """Surprise is the mean cross-entropy, whatever the batch; rounded weights are undone to the bit."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from tiny import make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_edu import quantize
+from qlora_edu.errors import DataError
 from qlora_edu.text.perplexity import encode_text, linear_weights, rounded_weights, surprise
 
 DOCUMENTS = [
@@ -41,6 +43,42 @@ def test_documents_begin_end_and_are_cut(tokenizer, rows):
     assert [row[0] for row in rows] == 3 * [tokenizer.bos_token_id]
     assert rows[0][-1] == rows[2][-1] == tokenizer.eos_token_id
     assert len(rows[1]) == 64 and rows[1][-1] != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_a_begin_token_begins_with_the_text(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "Mara sold a lamp."}) + "\n")
+    (whole,) = encode_text(tokenizer, path)
+    tokenizer.bos_token = None
+    assert encode_text(tokenizer, path) == [whole[1:]]
+    tokenizer.eos_token = None
+    assert encode_text(tokenizer, path) == [whole[1:-1]]
+    assert tokenizer.decode(whole[1:-1]) == "Mara sold a lamp."
+
+
+def test_a_special_token_in_a_text_is_text(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "a<|end|>b"}) + "\n")
+    (row,) = encode_text(tokenizer, path)
+    assert row.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(row) == "<|begin|>a<|end|>b<|end|>"
+
+
+def test_a_line_that_is_no_document_is_named(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"text\.jsonl:2: needs 'messages' or 'text'"):
+        encode_text(tokenizer, path)
+    with pytest.raises(DataError, match="max_length must be a whole number"):
+        encode_text(tokenizer, path, max_length=0)
+
+
+def test_what_cannot_be_measured_is_refused(model, rows):
+    with pytest.raises(DataError, match="document 1 has no second token"):
+        surprise(model, [rows[0], [5]])
+    with pytest.raises(DataError, match="batch_size must be a whole number"):
+        surprise(model, rows, batch_size=-1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 50])

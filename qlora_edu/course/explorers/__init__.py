@@ -20,7 +20,7 @@ _NAMES = {
     "chapter_07": "record_trace replay_trace draw_tiers render_paging paging_explorer",
     "chapter_08": (
         "STUDY_WAYS STUDY_MEASURES STUDY_COLOURS load_study study_values study_pairs "
-        "study_verdict draw_runs draw_difference render_study study_explorer"
+        "draw_runs draw_difference render_study study_explorer"
     ),
     "chapter_09": (
         "render_trained_tokens tokens_explorer draw_finetune_pipeline draw_trained_tokens"

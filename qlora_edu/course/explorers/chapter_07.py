@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from qlora_edu.course.explorers.core import Explorer
 from qlora_edu.course.plots import PALETTE, figure_png
-from qlora_edu.paging import PagedAdamW, PageEvent
+from qlora_edu.kernels import PageEvent, PrefetchingPagedAdamW
 
 PAGES_OF = {"a": 3, "b": 2, "c": 1, "d": 4}
 """Pages that the states of each parameter fill; in the second step b has no gradient."""
@@ -21,7 +21,7 @@ _NAMES = [f"{name}{i}" for name, count in PAGES_OF.items() for i in range(count)
 
 @cache
 def record_trace(frames: int = 4, prefetch: bool = False) -> tuple[PageEvent, ...]:
-    """What a real ``PagedAdamW`` does in two steps, with its states cut into ten pages.
+    """What a real `PrefetchingPagedAdamW` does in two steps, with its states cut into ten pages.
 
     >>> [event.what for event in record_trace(frames=10)][:10] == ["fault"] * 10
     True
@@ -30,7 +30,7 @@ def record_trace(frames: int = 4, prefetch: bool = False) -> tuple[PageEvent, ..
     """
     elements = PAGE_BYTES // 8  # two float32 states for each
     parameters = {n: torch.nn.Parameter(torch.zeros(k * elements)) for n, k in PAGES_OF.items()}
-    optimizer = PagedAdamW(
+    optimizer = PrefetchingPagedAdamW(
         parameters.values(),
         budget_bytes=frames * PAGE_BYTES,
         page_bytes=PAGE_BYTES,

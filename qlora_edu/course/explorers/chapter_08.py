@@ -70,20 +70,6 @@ def study_pairs(
     return [one[seed] for seed in shared], [two[seed] for seed in shared]
 
 
-def study_verdict(found: Equivalence, margin: float) -> str:
-    """Say in words what two one-sided tests have shown.
-
-    >>> study_verdict(equivalence([0.90, 0.92, 0.91], [0.91, 0.92, 0.90], 0.05), 0.05)
-    'equivalent'
-    >>> study_verdict(equivalence([0.70, 0.72, 0.71], [0.91, 0.92, 0.90], 0.05), 0.05)
-    'different'
-    """
-    if found.equivalent:
-        return "equivalent"
-    beyond = found.difference.low > margin or found.difference.high < -margin
-    return "different" if beyond else "not shown"
-
-
 def draw_runs(ax: Axes, runs: dict[str, list[float]]) -> None:
     """Draw every run as a dot, and a line between the two runs of a seed."""
     for pair in zip(*runs.values(), strict=True):
@@ -153,7 +139,7 @@ def render_study(
         "equivalent": f"equivalent within ±{margin:g}",
         "different": f"different, by more than {margin:g}",
         "not shown": f"nothing is shown at a margin of {margin:g}",
-    }[study_verdict(found, margin)]
+    }[found.verdict]
     figure.suptitle(f"{len(one)} seeds: {verdict}", fontsize=13, fontweight="bold")
     return figure_png(figure)
 
