@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from qlora_edu import QuantizedTensor, quantize
 from qlora_edu.blockwise import unpack_nibbles
 from qlora_edu.compat import quiet
-from qlora_edu.kernels import compiled_piece_size
+from qlora_edu.kernels import compiled_chunk_size
 from qlora_edu.memory import NEVER_PAGED, RESERVE, MemoryPlan, plan_memory
 from qlora_edu.paging import PagedAdamW, PagingCounters
 from qlora_edu.planner.fake_step import training_loss
@@ -239,7 +239,7 @@ def bandwidth(small: bool, device: str) -> Rows:
         moved = weight.nbytes + mine.nbytes
 
         def compiled_quantize(weight: Tensor = weight) -> Tensor:
-            if weight.numel() < compiled_piece_size(weight.device):
+            if weight.numel() < compiled_chunk_size(weight.device):
                 raise ValueError(f"{weight.numel():,} weights are less than a piece: not compiled")
             return quantize(weight, double_quant=False, compiled=True).packed
 

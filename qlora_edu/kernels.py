@@ -7,6 +7,8 @@ to its definition.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -24,8 +26,16 @@ from qlora_edu.blockwise import (
 from qlora_edu.codebooks import assign
 from qlora_edu.errors import QuantizationError
 
-PIECE = 2**18
+CHUNK = 2**18
 """Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""
+
+CHUNK_SIZE: ContextVar[int | None] = ContextVar("CHUNK_SIZE", default=None)
+"""How many weights to work on at a time, a multiple of 4096; None: as many as suit the device."""
+
+UNPACKING: ContextVar[Callable[[], AbstractContextManager[object]] | None] = ContextVar(
+    "UNPACKING", default=None
+)
+"""Makes a context manager that is entered around each chunk that is unpacked; None: nothing is."""
 
 
 class CompilerError(QuantizationError):
@@ -55,20 +65,21 @@ def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]
     return pack_nibbles(codes).to(torch.uint8), absmax
 
 
-def piece_size(device: torch.device, pieces: int = 1) -> int:
-    """How many weights to work on at a time: some `PIECE`s on a CPU, 2^26 elsewhere.
+def chunk_size(device: torch.device, chunks: int = 1) -> int:
+    """Say how many weights to work on at a time: some `CHUNK`s on a CPU, 2^26 elsewhere.
 
-    A GPU wants more than any cache holds: starting a call takes it as long as a million weights.
+    Starting a call takes a GPU as long as computing with a million weights, so it gets more than
+    any cache holds. `CHUNK_SIZE` overrules both.
     """
-    return pieces * PIECE if device.type == "cpu" else 2**26
+    return CHUNK_SIZE.get() or (chunks * CHUNK if device.type == "cpu" else 2**26)
 
 
-def compiled_piece_size(device: torch.device) -> int:
-    """How many weights to give to compiled code at a time: four `PIECE`s on a CPU, 2^24 elsewhere.
+def compiled_chunk_size(device: torch.device) -> int:
+    """How many weights to give to compiled code at a time: four `CHUNK`s on a CPU, 2^24 elsewhere.
 
-    Only whole pieces are compiled, so they are no larger than the layers of a 7B.
+    Only whole chunks are compiled, so they are no larger than the layers of a 7B.
     """
-    return 4 * PIECE if device.type == "cpu" else 2**24
+    return 4 * CHUNK if device.type == "cpu" else 2**24
 
 
 def _two_in_a_byte(of_code: Tensor) -> Tensor:
@@ -98,14 +109,14 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Quantise a tensor to 4 bits, block by block.
 
-    It goes through the tensor in pieces, so whatever its size, it needs a few megabytes beside the
+    It goes through the tensor in chunks, so whatever its size, it needs a few megabytes beside the
     result (and a copy, if the tensor is not contiguous).
 
     Args:
         weight: any shape; float32, float16 or bfloat16.
         levels: a codebook of chapter 1, 1-D, of at most 16 levels.
         blocksize: one of `BLOCKSIZES`.
-        compiled: run pieces of a million weights (16 million on a GPU) through `torch.compile`,
+        compiled: run chunks of a million weights (16 million on a GPU) through `torch.compile`,
             which needs a C++ compiler and some seconds at the first call. The result is the same to
             the byte.
 
@@ -140,12 +151,12 @@ def quantize_blockwise(
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // blocksize), device=weight.device)
     in_blocks = n - n % blocksize
-    # Compiled code keeps its temporaries in registers and likes longer pieces.
-    piece = (compiled_piece_size if compiled else piece_size)(weight.device)
-    for start in range(0, in_blocks, piece):
-        stop = min(start + piece, in_blocks)
-        # Only whole pieces are compiled: the remainder would be compiled anew for every size.
-        whole = compiled and stop - start == piece
+    # Compiled code keeps its temporaries in registers and likes longer chunks.
+    chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
+    for start in range(0, in_blocks, chunk):
+        stop = min(start + chunk, in_blocks)
+        # Only whole chunks are compiled: the remainder would be compiled anew for every size.
+        whole = compiled and stop - start == chunk
         kernel = _compiled_quantize_blocks if whole else _quantize_blocks
         ranks, largest = kernel(flat[start:stop].float().view(-1, blocksize), midpoints)
         packed[start // 2 : stop // 2] = ranks if in_order else byte_of_ranks[ranks.int()]
@@ -186,9 +197,9 @@ def dequantize_blockwise(
     """
     n = math.prod(shape)
     flat = torch.empty(n, dtype=dtype, device=packed.device)
-    piece = piece_size(packed.device)
-    for start in range(0, n, piece):
-        stop = min(start + piece, n)
+    chunk = chunk_size(packed.device)
+    for start in range(0, n, chunk):
+        stop = min(start + chunk, n)
         values = decode(
             packed[start // 2 : (stop + 1) // 2],
             absmax[start // blocksize : -(-stop // blocksize)],

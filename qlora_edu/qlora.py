@@ -66,11 +66,11 @@ class _QLoRAProduct(torch.autograd.Function):
     ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         y = x.new_empty(len(x), quantized.shape[0])
-        for rows, piece in quantized.row_pieces(x.dtype):
+        for rows, chunk in quantized.row_chunks(x.dtype):
             if bias is None:
-                torch.mm(x, piece.T, out=y[:, rows])
+                torch.mm(x, chunk.T, out=y[:, rows])
             else:
-                torch.addmm(bias[rows], x, piece.T, out=y[:, rows])
+                torch.addmm(bias[rows], x, chunk.T, out=y[:, rows])
         kept: tuple[Tensor | None, ...] = (None,) * 4
         if lora_A is not None:
             thin = (x @ lora_A.T).mul_(scaling)
@@ -95,8 +95,8 @@ class _QLoRAProduct(torch.autograd.Function):
                 grad_x = grad_y.new_zeros(len(grad_y), quantized.shape[1])
             else:
                 grad_x = grad_thin @ lora_A
-            for rows, piece in quantized.row_pieces(grad_y.dtype):
-                grad_x.addmm_(grad_y[:, rows], piece)
+            for rows, chunk in quantized.row_chunks(grad_y.dtype):
+                grad_x.addmm_(grad_y[:, rows], chunk)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_y.sum(0)
         return grad_x, grad_bias, None, grad_A, grad_B, None

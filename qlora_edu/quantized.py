@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,7 +19,13 @@ from qlora_edu.double_quant import (
     quantize_absmax,
 )
 from qlora_edu.errors import QuantizationError
-from qlora_edu.kernels import decode, dequantize_blockwise, piece_size, quantize_blockwise
+from qlora_edu.kernels import (
+    UNPACKING,
+    chunk_size,
+    decode,
+    dequantize_blockwise,
+    quantize_blockwise,
+)
 
 
 class StateDictError(QuantizationError):
@@ -88,34 +95,37 @@ class QuantizedTensor:
             self.packed, self.absmax, self.levels, self.blocksize, self.shape, dtype or self.dtype
         )
 
-    def row_pieces(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def row_chunks(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Rebuild a matrix a few rows at a time, so that the whole of it never takes up memory.
 
         Yields:
-            Which rows, and those rows of `dequantize(dtype)`; the next piece overwrites them. A
-            piece is whole blocks, of some 2^20 weights on a CPU and 2^26 on a GPU.
+            Which rows, and those rows of `dequantize(dtype)`; the next chunk overwrites them. A
+            chunk is whole blocks, of some 2^20 weights on a CPU and 2^26 on a GPU.
 
         >>> quantized = quantize(torch.ones(1000, 2048), double_quant=False)
-        >>> [(rows.start, tuple(piece.shape)) for rows, piece in quantized.row_pieces()]
+        >>> [(rows.start, tuple(chunk.shape)) for rows, chunk in quantized.row_chunks()]
         [(0, (512, 2048)), (512, (488, 2048))]
         """
         n_rows, width = self.shape
-        absmax, whole_blocks = self.absmax, self.blocksize // math.gcd(width, self.blocksize)
-        step = piece_size(self.device, pieces=4) // max(width, 1) // whole_blocks * whole_blocks
+        whole_blocks = self.blocksize // math.gcd(width, self.blocksize)
+        step = chunk_size(self.device, chunks=4) // max(width, 1) // whole_blocks * whole_blocks
         step = max(step, whole_blocks)
-        buffer = torch.empty(0, dtype=torch.int64, device=self.device)
+        unpacking = UNPACKING.get() or nullcontext
+        with unpacking():
+            absmax, buffer = self.absmax, torch.empty(0, dtype=torch.int64, device=self.device)
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
             first, last = start * width, stop * width
-            piece = decode(
-                self.packed[first // 2 : (last + 1) // 2],
-                absmax[first // self.blocksize : -(-last // self.blocksize)],
-                self.levels,
-                self.blocksize,
-                buffer.resize_((last + 1) // 2 - first // 2),
-            )
-            piece = piece[: last - first].view(stop - start, width)
-            yield slice(start, stop), piece.to(dtype or self.dtype)
+            with unpacking():
+                chunk = decode(
+                    self.packed[first // 2 : (last + 1) // 2],
+                    absmax[first // self.blocksize : -(-last // self.blocksize)],
+                    self.levels,
+                    self.blocksize,
+                    buffer.resize_((last + 1) // 2 - first // 2),
+                )
+                chunk = chunk[: last - first].view(stop - start, width).to(dtype or self.dtype)
+            yield slice(start, stop), chunk
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to a device."""

@@ -319,7 +319,7 @@ CAN_COMPILE = (shutil.which("g++") or shutil.which("clang++")) and (
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
 def test_compiled_code_gives_the_same_bytes(name):
     # Two whole pieces, which are compiled, some blocks that are not, and a short last one.
-    weight = torch.randn(8 * kernels.PIECE + 5 * 64 + 7).to(torch.bfloat16)
+    weight = torch.randn(8 * kernels.CHUNK + 5 * 64 + 7).to(torch.bfloat16)
     levels = get_levels(name)
     for blocksize in bw.BLOCKSIZES if name == "nf4" else (64, 4096):
         plain = kernels.quantize_blockwise(weight, levels, blocksize)
@@ -333,7 +333,7 @@ import torch
 from qlora_edu import kernels, quantize
 
 try:
-    quantize(torch.randn(4 * kernels.PIECE), compiled=True)
+    quantize(torch.randn(4 * kernels.CHUNK), compiled=True)
 except kernels.CompilerError as error:
     print(error)
 """
@@ -344,11 +344,11 @@ except kernels.CompilerError as error:
 
 
 def test_pieces_meet_without_a_seam():
-    weight = torch.randn(2 * kernels.PIECE + 64)
+    weight = torch.randn(2 * kernels.CHUNK + 64)
     levels = get_levels("nf4")
     whole, _ = kernels.quantize_blockwise(weight, levels, 64)
     parts = [
-        kernels.quantize_blockwise(part, levels, 64)[0] for part in weight.split(kernels.PIECE // 4)
+        kernels.quantize_blockwise(part, levels, 64)[0] for part in weight.split(kernels.CHUNK // 4)
     ]
     assert torch.equal(whole, torch.cat(parts))
     assert torch.equal(

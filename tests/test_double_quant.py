@@ -375,4 +375,4 @@ def test_off_the_cpu_a_matrix_is_unpacked_in_few_pieces():
     wide = quantize(torch.ones(8, 64), double_quant=False).to("meta")
     wide = replace(wide, shape=torch.Size((4096, 4096)), packed=wide.packed.new_empty(2**23, 1))
     wide = replace(wide, constants=wide.absmax.new_empty(2**18))
-    assert len(list(wide.row_pieces())) == 1
+    assert len(list(wide.row_chunks())) == 1

@@ -36,6 +36,7 @@ from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replac
 from qlora_edu.blockwise import check_blocksize
 from qlora_edu.double_quant import NESTED_BLOCKSIZE, QuantizedAbsmax
 from qlora_edu.errors import LoRAError, PlanError
+from qlora_edu.kernels import CHUNK_SIZE, UNPACKING
 from qlora_edu.qlora import QLoRALinear, replace_linear_layers
 from qlora_edu.quantized import QuantizedTensor, quantize
 
@@ -326,19 +327,12 @@ def _rehearse(model: nn.Module, batch: int, length: int, settings: StepSettings)
     hooks.append(
         model.get_output_embeddings().register_forward_pre_hook(lambda *_: heard.mark("head"))
     )
-    unpack = QuantizedTensor.row_pieces
-
-    def overheard(weight: QuantizedTensor, *args: Any) -> Iterator[tuple[slice, Tensor]]:
-        pieces = unpack(weight, *args)
-        while True:
-            with heard.unpacking():
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
-
-    with patch.object(QuantizedTensor, "row_pieces", overheard), heard:
-        training_loss(model, ids, settings).backward()
+    token = UNPACKING.set(heard.unpacking)
+    try:
+        with heard:
+            training_loss(model, ids, settings).backward()
+    finally:
+        UNPACKING.reset(token)
     changes = heard.changes
     for hook in hooks:
         hook.remove()
@@ -424,10 +418,12 @@ def without_memory(settings: StepSettings) -> Iterator[None]:
             quantize_4bit(torch.ones(64), compress_statistics=True)
         # To see whether rows are packed, transformers would look at numbers; ours are not.
         rows = patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
-        piece = patch("qlora_edu.quantized.piece_size", lambda *_, **__: 2**26)
-        on_cuda = piece if settings.device == "cuda" else nullcontext()
-        with FakeTensorMode(allow_non_fake_inputs=True), rows, on_cuda:
-            yield
+        token = CHUNK_SIZE.set(2**26 if settings.device == "cuda" else None)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), rows:
+                yield
+        finally:
+            CHUNK_SIZE.reset(token)
 
 
 def shortened(config: Any, blocks: int = BLOCKS) -> Any:
