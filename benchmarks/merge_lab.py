@@ -23,7 +23,7 @@ from qlora_edu.adapters import adapter_tensors, lora_layers, replace_module
 from qlora_edu.finetuning import finetune
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base, locate
-from qlora_edu.qlora import MERGES, merge_weight, replace_linear_layers, surviving_share
+from qlora_edu.qlora import MERGE_TARGETS, merge_weight, replace_linear_layers, surviving_share
 from qlora_edu.text.conversations import read_conversations
 from qlora_edu.training import exact_match, generate_answers
 
@@ -60,8 +60,8 @@ def measure(name: str, tensors: dict, fraction: float, base, tokenizer, rows: li
     for key, tensor in own.items():
         tensor.copy_(tensors[key] * (fraction if "lora_B" in key else 1.0))
     match = {"unmerged": exact(model, tokenizer, rows)}
-    size, shares = [], {into: [] for into in MERGES}
-    for into in MERGES:
+    size, shares = [], {into: [] for into in MERGE_TARGETS}
+    for into in MERGE_TARGETS:
         merged = copy.deepcopy(base)
         for layer_name, layer in lora_layers(model).items():
             original, delta = base.get_submodule(layer_name).weight, layer.delta_weight()

@@ -19,9 +19,9 @@ from stored import stamp, store
 from torch import nn
 from tqdm import tqdm
 
-from qlora_edu.adapters import add_houlsby, add_lora, remove_lora
+from qlora_edu.adapters import add_houlsby, add_lora, remove_adapters
 from qlora_edu.compat import quiet
-from qlora_edu.qlora import replace_linear_layers
+from qlora_edu.qlora import FusedQLoRALinear, replace_linear_layers
 
 PROMPT, TOKENS, ROUNDS, R = 64, 8, 15, 16
 WIDE = {
@@ -68,7 +68,7 @@ def merged(make: Callable[[], nn.Module]) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "merge"):
             module.merge()
-    remove_lora(model)
+    remove_adapters(model)
     return model.eval()
 
 
@@ -82,7 +82,7 @@ def ways(make: Callable[[], nn.Module]) -> dict[str, nn.Module]:
     add_houlsby(houlsby, bottleneck=32)
     found["Houlsby"] = fill(houlsby)
     qlora = make()
-    replace_linear_layers(qlora, R, 2 * R)
+    replace_linear_layers(qlora, R, 2 * R, layer_class=FusedQLoRALinear)
     found["QLoRA, unmerged"] = fill(qlora)
     return found
 

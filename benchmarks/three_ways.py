@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from qlora_edu.adapters import adapter_tensors, add_houlsby, add_lora, load_adapters
 from qlora_edu.codebooks import nf4_levels
-from qlora_edu.qlora import replace_linear_layers
+from qlora_edu.qlora import FusedQLoRALinear, replace_linear_layers
 from qlora_edu.text.conversations import encode_conversations, read_conversations
 from qlora_edu.text.perplexity import encode_text, surprise
 from qlora_edu.training import (
@@ -91,7 +91,7 @@ def make_trainable(model: nn.Module, way: str) -> None:
         settings = dict(VARIANTS[way])
         if settings["levels"] in ("nf3", "nf2"):
             settings["levels"] = nf4_levels(bits=int(settings["levels"][-1]))
-        replace_linear_layers(model, RANK, ALPHA, **settings)
+        replace_linear_layers(model, RANK, ALPHA, layer_class=FusedQLoRALinear, **settings)
         if way == "qlora + embeddings":
             model.get_input_embeddings().weight.requires_grad_()
 

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qlora_edu.adapters import add_lora, lora_layers, replace_module
-from qlora_edu.qlora import merge_weight, replace_linear_layers
+from qlora_edu.qlora import FusedQLoRALinear, merge_weight, replace_linear_layers
 from qlora_edu.text.conversations import encode_conversations, read_conversations
 from qlora_edu.training import (
     collate,
@@ -49,7 +49,9 @@ def trained(system: dict[str, Any], best: dict[str, float]) -> tuple[nn.Module, 
     if way == "lora":
         add_lora(model, r, 2 * r)
     elif way != "full":
-        replace_linear_layers(model, r, 2 * r, **three_ways.VARIANTS[way])
+        replace_linear_layers(
+            model, r, 2 * r, layer_class=FusedQLoRALinear, **three_ways.VARIANTS[way]
+        )
     conversations = read_conversations(three_ways.TASKS / "train.jsonl")
     rows = encode_conversations(tokenizer, conversations, 256)
     steps, size = three_ways.STEPS, three_ways.ROWS_A_STEP

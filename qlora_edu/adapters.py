@@ -1,12 +1,12 @@
-"""Chapter 4, second part. Adapters in a model, and in a file that PEFT writes and reads.
+"""Chapter 4: adapters in a model, where they are found, added, taken out and put in.
 
-An adapter is nothing but the ``A`` and ``B`` of every adapted layer: a dictionary of small tensors.
-``add_lora`` makes room for them in a model, ``adapter_tensors`` takes them out, ``load_adapters``
-puts others in: that is all of "swapping". In a folder they are two files, a safetensors file and
-``adapter_config.json``, under the names that PEFT gives them, so that each reads the other's.
+An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors.
+`add_lora` makes room for them in a model, `adapter_tensors` takes them out, `load_adapters`
+puts others in: that is all of "swapping". They go by the names that PEFT gives them, so that each
+reads the other's; the folder that holds them is written in `files.peft_format`.
 
 Nothing is half-loaded, and nothing is loaded in silence that would change nothing or spoil
-everything: names and shapes must fit, NaN is refused, and so is a ``B`` that is zero throughout.
+everything: names and shapes must fit, NaN is refused, and so is a `B` that is zero throughout.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,30 +43,38 @@ class DamagedAdapterError(LoRAError):
 
 
 class UntrainedAdapterError(LoRAError):
-    """Every ``B`` of an adapter is zero, so that it would change nothing."""
+    """Every `B` of an adapter is zero, so that it would change nothing."""
 
 
 def find_linear_layers(
     model: nn.Module, target_modules: str | Sequence[str] = "all-linear", skip: Sequence[str] = ()
 ) -> list[str]:
-    """Names of the ``nn.Linear`` layers to adapt: all, or those whose name ends in a target.
+    """Find the `nn.Linear` layers to adapt: all, or those whose name ends in a target.
 
-    "all-linear" leaves out the output head (as PEFT does) and names that end in one of ``skip``.
+    Args:
+        model: is not changed.
+        target_modules: names, as a list or with commas between them; every one must be found. Or
+            "all-linear", which leaves out the output head, as PEFT does.
+        skip: endings of names that "all-linear" leaves out too.
+
+    Returns:
+        The full names, in the model's order.
 
     Raises:
-        LoRAError: if nothing is found, a target is found nowhere, or it is no plain ``nn.Linear``.
+        LoRAError: nothing is found, a target is found nowhere, or it is no plain `nn.Linear`.
 
     >>> find_linear_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), skip=["2"])
     ['0']
     """
     named = {name: module for name, module in model.named_modules() if name}
     if target_modules != "all-linear":
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        wanted = split_names(target_modules)
         found = [name for name in named if any(_ends_in(name, target) for target in wanted)]
         lost = [target for target in wanted if not any(_ends_in(name, target) for name in found)]
         if lost or not found:
             own = sorted({n.rpartition(".")[2] for n, m in named.items() if type(m) is nn.Linear})
-            raise LoRAError(f"no layer is called {lost}; the linear layers are called {own}")
+            wrong = f"no layer is called {lost}" if lost else "target_modules names no layer"
+            raise LoRAError(f"{wrong}; the linear layers are called {own}")
         for name in found:
             if type(named[name]) is not nn.Linear:
                 raise LoRAError(f"{name} cannot be adapted: {_why_not(named[name])}")
@@ -87,6 +95,41 @@ def find_linear_layers(
     return found
 
 
+def split_names(names: str | Sequence[str]) -> list[str]:
+    """List names that may be given with commas between them, without the spaces around them.
+
+    >>> split_names("q_proj, v_proj")
+    ['q_proj', 'v_proj']
+    """
+    listed = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in listed if name.strip()]
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model that has adapters: a second kind would adapt the first, and freeze it.
+
+    Raises:
+        LoRAError: names what is there, and how to take it out.
+    """
+    ours = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALayer | HoulsbyAdapter)
+    }
+    theirs = {n: "PEFT's" for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if not (found := ours | theirs):
+        return
+    way_out = "load the base model again, for its weights are in 4 bits"
+    if theirs:
+        way_out = "unload() of the PEFT model takes it out"
+    elif all(isinstance(model.get_submodule(name), LoRALinear | HoulsbyAdapter) for name in ours):
+        way_out = "remove_adapters(model) takes it out"
+    raise LoRAError(
+        f"the model has {len(found)} adapted layers already "
+        f"({_list(f'{name}: {kind}' for name, kind in found.items())}): {way_out}"
+    )
+
+
 def add_lora(
     model: nn.Module,
     r: int,
@@ -97,14 +140,21 @@ def add_lora(
     bias: str = "none",
     init: str = "kaiming",
 ) -> list[str]:
-    """Freeze ``model`` and wrap its linear layers in ``LoRALinear``, in place; returns their names.
+    """Freeze `model` and wrap its linear layers in `LoRALinear`.
 
-    ``target_modules`` is as for ``find_linear_layers``. ``bias`` says which biases are trained
-    besides: "none", those of the wrapped layers ("lora_only") or "all"; a trained bias is part of
-    the adapter, and changes the base.
+    Args:
+        model: is changed in place; it must have no adapters yet.
+        r, lora_alpha, lora_dropout, init: as for `LoRALinear`.
+        target_modules: as for `find_linear_layers`.
+        bias: which biases are trained besides: "none", those of the wrapped layers ("lora_only") or
+            "all". A trained bias is part of the adapter, and changes the base.
+
+    Returns:
+        The names of the layers.
 
     Raises:
-        LoRAError: see ``find_linear_layers`` and ``LoRALayer``, or an unknown ``bias``.
+        LoRAError: see `find_linear_layers`, `refuse_adapters` and `LoRALayer`, or an unknown
+            `bias`.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
@@ -114,6 +164,7 @@ def add_lora(
     """
     if bias not in BIASES:
         raise LoRAError(f"bias must be one of {BIASES}, not {bias!r}")
+    refuse_adapters(model)
     names = find_linear_layers(model, target_modules)
     layers = [LoRALinear(model.get_submodule(n), r, lora_alpha, lora_dropout, init) for n in names]
     model.requires_grad_(False)
@@ -132,13 +183,19 @@ def add_lora(
 def add_houlsby(
     model: nn.Module, bottleneck: int, target_modules: str | Sequence[str] = ("o_proj", "down_proj")
 ) -> list[str]:
-    """Freeze ``model`` and put a ``HoulsbyAdapter`` behind the layers named; returns their names.
+    """Freeze `model` and put a `HoulsbyAdapter` behind the layers named.
 
-    ``target_modules`` is as for ``find_linear_layers`` and should name the last layer of each
-    block's attention and of its feed-forward part, as the default does for Llama and its kin.
+    Args:
+        model: is changed in place; it must have no adapters yet.
+        bottleneck: the inner width.
+        target_modules: as for `find_linear_layers`; should name the last layer of each block's
+            attention and of its feed-forward part, as the default does for Llama and its kin.
+
+    Returns:
+        The names of the layers.
 
     Raises:
-        LoRAError: see ``find_linear_layers`` and ``HoulsbyAdapter``.
+        LoRAError: see `find_linear_layers`, `refuse_adapters` and `HoulsbyAdapter`.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
@@ -146,6 +203,7 @@ def add_houlsby(
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
     22
     """
+    refuse_adapters(model)
     names = find_linear_layers(model, target_modules)
     layers = [HoulsbyAdapter(model.get_submodule(name), bottleneck) for name in names]
     model.requires_grad_(False)
@@ -157,18 +215,18 @@ def add_houlsby(
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``."""
+    """Put `module` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers of a model, by name."""
+    """List the adapted layers of a model, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter of ``model``, trained biases included, under PEFT's names; nothing is copied.
+    """List the tensors of an adapter, trained biases included, by PEFT's names; nothing is copied.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> _ = add_lora(model, r=2, lora_alpha=4)
@@ -193,16 +251,21 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_adapters(
     model: nn.Module, tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Copy an adapter under PEFT's names into the adapted layers of ``model``: all of it, or none.
+    """Copy an adapter under PEFT's names into the adapted layers of `model`: all of it, or none.
 
-    The tensors may be of any floating dtype. Loading again swaps one adapter for another.
+    Loading again swaps one adapter for another.
+
+    Args:
+        model: has adapted layers.
+        tensors: by PEFT's names, in any floating dtype.
+        allow_untrained: take an adapter whose `B` are all zero.
 
     Raises:
-        AdapterMismatchError: if a tensor is missing, left over or of another shape: a list in
-            the message, all of them in ``tensors``.
-        DamagedAdapterError: if there is no tensor at all, or one holds NaN or infinity.
-        UntrainedAdapterError: if every ``B`` is zero, unless ``allow_untrained``.
-        LoRAError: if a layer is merged, or the model has no adapted layer.
+        AdapterMismatchError: a tensor is missing, left over, of another shape or no floating one: a
+            list in the message, all of them in its `tensors`.
+        DamagedAdapterError: there is no tensor at all, or one holds NaN or infinity.
+        UntrainedAdapterError: every `B` is zero.
+        LoRAError: a layer is merged, or the model has no adapted layer.
     """
     own = adapter_tensors(model)
     if not own:
@@ -218,10 +281,11 @@ def load_adapters(
 def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Refuse an adapter ``tensors`` that is not whole, sound, trained, and made for ``own``.
+    """Refuse an adapter `tensors` that is not whole, sound, trained, and made for `own`.
 
-    ``own`` are the tensors that the model has places for; the raises are those of
-    ``load_adapters``.
+    Args:
+        own: the tensors that the model has places for.
+        tensors, allow_untrained: as for `load_adapters`, which raises the same errors.
     """
     if not tensors:
         raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")
@@ -231,6 +295,11 @@ def check_tensors(
         name: f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(mine.shape)}"
         for name, mine in own.items()
         if name in tensors and tensors[name].shape != mine.shape
+    }
+    faults |= {
+        name: f"{name} holds {tensor.dtype}, which is no floating dtype"
+        for name, tensor in tensors.items()
+        if name not in faults and not tensor.is_floating_point()
     }
     if faults:
         raise AdapterMismatchError(
@@ -250,20 +319,24 @@ def check_tensors(
         )
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Put the plain ``nn.Linear`` back in the place of every ``LoRALinear``; the adapter is lost.
+def remove_adapters(model: nn.Module) -> None:
+    """Put what was adapted back in the place of every `LoRALinear` and `HoulsbyAdapter`.
+
+    The adapter is lost. A `QLoRALinear` stays: the weight that it was made from is gone.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> _ = add_lora(model, r=2, lora_alpha=4)
-    >>> remove_lora(model)
+    >>> remove_adapters(model)
     >>> model
     Sequential(
       (0): Linear(in_features=8, out_features=8, bias=True)
     )
     """
-    for name, layer in lora_layers(model).items():
-        if isinstance(layer, LoRALinear):
-            replace_module(model, name, layer.base)
+    adapted = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear | HoulsbyAdapter)
+    ]
+    for name, layer in adapted:
+        replace_module(model, name, layer.base)
 
 
 def _ends_in(name: str, target: str) -> bool:

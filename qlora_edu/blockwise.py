@@ -1,66 +1,35 @@
 """Chapter 2: blocks, absmax and nibbles.
 
-The levels of chapter 1 lie between -1 and 1; weights do not. So the tensor is laid out flat and
-cut into blocks of, say, 64. The largest magnitude of a block, its *absmax*, is kept in float32, and
-the block divided by it fits the levels. One outlier then spoils one block and not the whole tensor.
-Each weight becomes a 4-bit code, a nibble, and two nibbles share a byte.
+The levels of chapter 1 lie between -1 and 1; weights do not fill that range. So the tensor is read
+row by row and cut into blocks of, say, 64. The largest magnitude of a block, its *absmax*, is kept
+in float32, and the block divided by it fits the levels. One outlier then spoils one block and not
+the whole tensor. Each weight becomes a 4-bit code, a nibble, and two nibbles share a byte.
+
+This module is the definition. What runs on real weights is `kernels`, equal to it in every byte.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_edu.errors import QuantizationError
+from qlora_edu.codebooks import assign
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-# bitsandbytes never divides by less than this; a subnormal in float32.
-_SMALLEST_SCALE = 1e-38
-
-
-class NonFiniteError(QuantizationError):
-    """The tensor holds NaN or infinity, which would spoil every weight of its block."""
-
-
-class BlocksizeError(QuantizationError):
-    """The block size is not one of `BLOCKSIZES`."""
-
-
-class DtypeError(QuantizationError, TypeError):
-    """The tensor is of a type that cannot be quantised."""
-
-
-def check_weight(weight: Tensor) -> None:
-    """Refuse what cannot be quantised: no tensor, or another dtype than `DTYPES`.
-
-    Raises:
-        DtypeError: `weight` is no tensor or has an unsupported dtype.
-    """
-    if not isinstance(weight, Tensor):
-        raise DtypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DtypeError(
-            f"cannot quantise a tensor of dtype {weight.dtype}: convert it to one of {names}"
-        )
-
-
-def check_blocksize(blocksize: int) -> None:
-    """Refuse a block size that is not one of `BLOCKSIZES`.
-
-    Raises:
-        BlocksizeError: names the value and the supported sizes.
-    """
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise BlocksizeError(
-            f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
-        )
+SMALLEST_ABSMAX = 1e-38
+"""bitsandbytes never divides by less than this; a subnormal in float32."""
 
 
 def split_blocks(x: Tensor, blocksize: int) -> Tensor:
-    """Lay x out flat, read row by row, and cut it into blocks.
+    """Read x row by row and cut it into blocks.
+
+    Args:
+        x: any shape, floating.
+        blocksize: entries per block.
 
     Returns:
         float32, shape `[ceil(n / blocksize), blocksize]`; a short last block is filled with zeros.
@@ -110,6 +79,10 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
     """Read n 4-bit codes back; the inverse of `pack_nibbles`.
 
+    Args:
+        packed: uint8, `ceil(n / 2)` bytes of any shape.
+        n: how many codes there are.
+
     Returns:
         uint8, shape `[n]`.
 
@@ -118,3 +91,77 @@ def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
     """
     packed = packed.reshape(-1, 1)
     return torch.cat([packed >> 4, packed & 0x0F], dim=1).view(-1)[:n]
+
+
+def quantize_blockwise(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Quantise a tensor to 4 bits, block by block.
+
+    Args:
+        weight: any shape; one of `DTYPES`, finite.
+        levels: a codebook of chapter 1, 1-D, of at most 16 levels.
+        blocksize: weights that share one absmax.
+
+    Returns:
+        The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
+
+    Source: QLoRA (arXiv 2305.14314) equation 1; equals bitsandbytes `quantize_4bit` on a CPU, to
+    the byte.
+
+    >>> weight, levels = torch.tensor([-2.0, 2.0]), torch.tensor([-1.0, 1.0])
+    >>> packed, absmax = quantize_blockwise(weight, levels, blocksize=64)
+    >>> packed.item(), absmax.item()
+    (1, 2.0)
+    """
+    n, blocks = weight.numel(), split_blocks(weight, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]
+    if n % blocksize:  # bitsandbytes divides a short last block, where it multiplies whole ones
+        absmax[-1] = absmax[-1].clamp(min=SMALLEST_ABSMAX)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    codes = assign(scaled, levels).view(-1)
+    return pack_nibbles(codes[: n + n % 2]), absmax  # if n is odd, one code more: that of a zero
+
+
+def dequantize_blockwise(
+    packed: Tensor,
+    absmax: Tensor,
+    levels: Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rebuild the weights: the level of each code times the absmax of its block.
+
+    Args:
+        packed: uint8 `[ceil(n / 2), 1]`.
+        absmax: float32 `[ceil(n / blocksize)]`.
+        levels: the codebook, 1-D.
+        blocksize: weights per block.
+        shape: of the result; n is its product.
+        dtype: of the result. The product is computed in float32 and then rounded.
+
+    >>> packed, levels = torch.tensor([[1]], dtype=torch.uint8), torch.tensor([-1.0, 1.0])
+    >>> dequantize_blockwise(packed, torch.tensor([2.0]), levels, 64, (2,), torch.float32)
+    tensor([-2.,  2.])
+    """
+    n = math.prod(shape)
+    values = levels[unpack_nibbles(packed, n).int()]
+    return (values * absmax.repeat_interleave(blocksize)[:n]).to(dtype).view(tuple(shape))
+
+
+def read_back(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
+    """Quantise a tensor and read it back: what a model computes with after quantisation.
+
+    Args:
+        weight: any shape; one of `DTYPES`, finite.
+        levels: a codebook of chapter 1, 1-D.
+        blocksize: weights that share one absmax.
+
+    Returns:
+        The shape and dtype of `weight`.
+
+    >>> read_back(torch.tensor([-3.0, 0.1, 4.0]), torch.tensor([-1.0, 0.0, 1.0]), 64)
+    tensor([-4.,  0.,  4.])
+    """
+    packed, absmax = quantize_blockwise(weight, levels, blocksize)
+    return dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, weight.dtype)

@@ -1,9 +1,9 @@
-"""Chapter 3: quantising the constants, and the tensor that holds it all.
+"""Chapter 3: quantising the constants.
 
-One float32 absmax for every 64 weights costs half a bit a weight. Double quantisation subtracts the
-mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32 constant
-each: 4 + 32/64 = 4.5 bits a weight become 4 + 8/64 + 32/(64*256) = 4.127. `quantize` puts the three
-chapters together, and `QuantizedTensor` is what it returns.
+One float32 absmax for every 64 weights costs half a bit per weight. Double quantisation subtracts
+the mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32
+constant each: 4 + 32/64 = 4.5 bits per weight become 4 + 8/64 + 32/(64*256) = 4.127. In `quantized`
+the tensor that holds it all puts the three chapters together.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ _GRID_STEPS = 65535
 
 
 class QuantizedAbsmax(NamedTuple):
-    """Block constants in 8 bits: absmax = map[codes] * nested_absmax + offset."""
+    """Block constants in 8 bits: absmax = levels[codes] * nested_absmax + offset."""
 
     codes: Tensor
     """uint8, one per block."""
@@ -27,7 +27,7 @@ class QuantizedAbsmax(NamedTuple):
     """float32, one per 256 blocks."""
     offset: Tensor
     """float32 scalar: the mean of all absmax."""
-    map: Tensor
+    levels: Tensor
     """float32 `[256]`: the level of each code."""
 
 
@@ -47,10 +47,10 @@ def dynamic_map() -> Tensor:
     >>> dynamic_map()[[0, 127, 255]]
     tensor([-0.9930,  0.0000,  1.0000])
     """
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    levels = [torch.tensor([0.0, 1.0], **kind)]
+    factory_kwargs = {"dtype": torch.float32, "device": "cpu"}
+    levels = [torch.tensor([0.0, 1.0], **factory_kwargs)]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, **kind)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, **factory_kwargs)
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += [centres, -centres]
     return torch.cat(levels).sort().values

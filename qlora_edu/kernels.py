@@ -1,28 +1,23 @@
-"""Fast twins of what the chapters derive: the same result, to the byte or to the bit, in less time.
+"""Fast twins of what the chapters derive: the same result, to the byte, in less time.
 
 A chapter holds the definition, a few lines to be read aloud. What runs on real weights is here:
-worked off in chunks that stay in the processor's cache, or compiled. A test holds each twin equal
-to its definition.
+worked off in chunks that stay in the processor's cache, compiled, or fused. A test holds each twin
+equal to its definition.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from qlora_edu.blockwise import (
-    _SMALLEST_SCALE,
-    NonFiniteError,
-    check_blocksize,
-    check_weight,
-    pack_nibbles,
-    unpack_nibbles,
-)
+from qlora_edu.blockwise import SMALLEST_ABSMAX, pack_nibbles, unpack_nibbles
 from qlora_edu.codebooks import assign
 from qlora_edu.errors import QuantizationError
 
@@ -42,29 +37,6 @@ class CompilerError(QuantizationError):
     """The quantiser could not be compiled on this machine."""
 
 
-def _refuse_non_finite(weight: Tensor) -> None:
-    bad = (~torch.isfinite(weight)).nonzero()
-    first = tuple(bad[0].tolist())
-    raise NonFiniteError(
-        f"weight holds {len(bad)} non-finite value(s), the first, {weight[first].item()}, at "
-        f"index {first}: repair the checkpoint or replace them before quantising"
-    )
-
-
-def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise whole blocks, float32 `[blocks, blocksize]`: the heart of `quantize_blockwise`.
-
-    A code is the number of midpoints below the scaled weight, so fifteen comparisons and a sum give
-    it; a compiler turns them into a few vector instructions, without a branch or a table.
-    """
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)
-    codes = torch.zeros_like(scaled, dtype=torch.int32)
-    for midpoint in midpoints.unbind():
-        codes += scaled > midpoint
-    return pack_nibbles(codes).to(torch.uint8), absmax
-
-
 def chunk_size(device: torch.device, chunks: int = 1) -> int:
     """Say how many weights to work on at a time: some `CHUNK`s on a CPU, 2^26 elsewhere.
 
@@ -75,16 +47,79 @@ def chunk_size(device: torch.device, chunks: int = 1) -> int:
 
 
 def compiled_chunk_size(device: torch.device) -> int:
-    """How many weights to give to compiled code at a time: four `CHUNK`s on a CPU, 2^24 elsewhere.
+    """Say how many weights compiled code gets at a time: four `CHUNK`s on a CPU, 2^24 elsewhere.
 
     Only whole chunks are compiled, so they are no larger than the layers of a 7B.
     """
     return 4 * CHUNK if device.type == "cpu" else 2**24
 
 
-def _two_in_a_byte(of_code: Tensor) -> Tensor:
-    """List, for each of the 256 bytes, what its two codes stand for: `[16]` becomes `[256, 2]`."""
-    return torch.stack([of_code.repeat_interleave(16), of_code.repeat(16)], dim=1)
+# Chapter 2: the quantiser
+
+
+@torch.no_grad()  # torch.compile makes one version for each grad mode, and one is enough
+def quantize_blockwise(
+    weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantise as `blockwise.quantize_blockwise` does, chunk by chunk.
+
+    Whatever the size of the tensor, a few megabytes are needed beside the result (and a copy, if it
+    is not contiguous).
+
+    Args:
+        weight, levels, blocksize: as for the definition.
+        compiled: run chunks of a million weights (16 million on a GPU) through `torch.compile`,
+            which needs a C++ compiler and some seconds at the first call.
+
+    Returns:
+        The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
+
+    Raises:
+        QuantizationError: more than 16 levels.
+        CompilerError: `compiled`, and no compiler.
+    """
+    if len(levels) > 16:
+        raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
+    flat, n = weight.detach().reshape(-1), weight.numel()
+    ascending, order = levels.to(device=weight.device, dtype=torch.float32).sort(stable=True)
+    # Sixteen levels have fifteen midpoints; above infinity there is nothing to count.
+    midpoints = F.pad((ascending[:-1] + ascending[1:]) / 2, (0, 16 - len(levels)), value=math.inf)
+    # What is counted is a rank in ascending order; FP4's codes are in another one.
+    in_order = torch.equal(order, torch.arange(len(levels), device=order.device))
+    ranked = F.pad(order.to(torch.uint8), (0, 16 - len(levels)))
+    byte_of_ranks = pack_nibbles(torch.cartesian_prod(ranked, ranked)).flatten()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // blocksize), device=weight.device)
+    in_blocks = n - n % blocksize
+    # Compiled code keeps its temporaries in registers and likes longer chunks.
+    chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
+    for start in range(0, in_blocks, chunk):
+        stop = min(start + chunk, in_blocks)
+        # Only whole chunks are compiled: the remainder would be compiled anew for every size.
+        whole = compiled and stop - start == chunk
+        kernel = _compiled_quantize_blocks if whole else _quantize_blocks
+        ranks, largest = kernel(flat[start:stop].float().view(-1, blocksize), midpoints)
+        packed[start // 2 : stop // 2] = ranks if in_order else byte_of_ranks[ranks.int()]
+        absmax[start // blocksize : stop // blocksize] = largest
+    if in_blocks < n:  # a short last block is divided; if n is odd, a zero completes its last byte
+        last = F.pad(flat[in_blocks:].float(), (0, n % 2))
+        absmax[-1] = last.abs().max().clamp(min=SMALLEST_ABSMAX)
+        packed[in_blocks // 2 :] = pack_nibbles(assign(last / absmax[-1], levels))
+    return packed, absmax
+
+
+def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise whole blocks, float32 `[blocks, blocksize]`, to ranks among the levels.
+
+    A rank is the number of midpoints below the scaled weight, so fifteen comparisons and a sum give
+    it; a compiler turns them into a few vector instructions, without a branch or a table.
+    """
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
+    ranks = torch.zeros_like(scaled, dtype=torch.int32)
+    for midpoint in midpoints.unbind():
+        ranks += scaled > midpoint
+    return pack_nibbles(ranks).to(torch.uint8), absmax
 
 
 @cache
@@ -103,76 +138,6 @@ def _compiled_quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor
         ) from error
 
 
-@torch.no_grad()  # of grad mode, too, the compiler would make one version each
-def quantize_blockwise(
-    weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Quantise a tensor to 4 bits, block by block.
-
-    It goes through the tensor in chunks, so whatever its size, it needs a few megabytes beside the
-    result (and a copy, if the tensor is not contiguous).
-
-    Args:
-        weight: any shape; float32, float16 or bfloat16.
-        levels: a codebook of chapter 1, 1-D, of at most 16 levels.
-        blocksize: one of `BLOCKSIZES`.
-        compiled: run chunks of a million weights (16 million on a GPU) through `torch.compile`,
-            which needs a C++ compiler and some seconds at the first call. The result is the same to
-            the byte.
-
-    Returns:
-        The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
-
-    Raises:
-        DtypeError, NonFiniteError, BlocksizeError.
-        QuantizationError: more than 16 levels.
-        CompilerError: `compiled`, and no compiler.
-
-    Source: QLoRA (arXiv 2305.14314) equation 1; equals bitsandbytes `quantize_4bit` on a CPU, to
-    the byte.
-
-    >>> weight, levels = torch.tensor([-2.0, 2.0]), torch.tensor([-1.0, 1.0])
-    >>> packed, absmax = quantize_blockwise(weight, levels, blocksize=64)
-    >>> packed.item(), absmax.item()
-    (1, 2.0)
-    """
-    check_weight(weight)
-    check_blocksize(blocksize)
-    if len(levels) > 16:
-        raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
-    flat, n = weight.detach().reshape(-1), weight.numel()
-    ascending, order = levels.to(device=weight.device, dtype=torch.float32).sort(stable=True)
-    # Sixteen levels have fifteen midpoints; above infinity there is nothing to count.
-    midpoints = F.pad((ascending[:-1] + ascending[1:]) / 2, (0, 16 - len(levels)), value=math.inf)
-    # What is counted is a rank in ascending order; FP4's codes are in another one.
-    in_order = torch.equal(order, torch.arange(len(levels), device=order.device))
-    ranked = F.pad(order.to(torch.uint8), (0, 16 - len(levels)))
-    byte_of_ranks = pack_nibbles(_two_in_a_byte(ranked)).flatten()
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-n // blocksize), device=weight.device)
-    in_blocks = n - n % blocksize
-    # Compiled code keeps its temporaries in registers and likes longer chunks.
-    chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
-    for start in range(0, in_blocks, chunk):
-        stop = min(start + chunk, in_blocks)
-        # Only whole chunks are compiled: the remainder would be compiled anew for every size.
-        whole = compiled and stop - start == chunk
-        kernel = _compiled_quantize_blocks if whole else _quantize_blocks
-        ranks, largest = kernel(flat[start:stop].float().view(-1, blocksize), midpoints)
-        packed[start // 2 : stop // 2] = ranks if in_order else byte_of_ranks[ranks.int()]
-        absmax[start // blocksize : stop // blocksize] = largest
-    if in_blocks < n:
-        # bitsandbytes multiplies whole blocks by the reciprocal but divides a shorter last one,
-        # and keeps the clamped absmax there. The two can round to different codes. If n is odd,
-        # the code that completes the last byte stands for zero.
-        last = F.pad(flat[in_blocks:].float(), (0, n % 2))
-        absmax[-1] = last.abs().max().clamp(min=_SMALLEST_SCALE)
-        packed[in_blocks // 2 :] = pack_nibbles(assign(last / absmax[-1], levels))
-    if not absmax.isfinite().all():  # an absmax is NaN or infinite if one of its weights is
-        _refuse_non_finite(weight)
-    return packed, absmax
-
-
 def dequantize_blockwise(
     packed: Tensor,
     absmax: Tensor,
@@ -181,20 +146,7 @@ def dequantize_blockwise(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rebuild the weights: the level of each code times the absmax of its block.
-
-    Args:
-        packed: uint8 `[ceil(n / 2), 1]`.
-        absmax: float32 `[ceil(n / blocksize)]`.
-        levels: the codebook, 1-D.
-        blocksize: weights per block.
-        shape: of the result; n is its product.
-        dtype: of the result. The product is computed in float32 and then rounded.
-
-    >>> packed, levels = torch.tensor([[1]], dtype=torch.uint8), torch.tensor([-1.0, 1.0])
-    >>> dequantize_blockwise(packed, torch.tensor([2.0]), levels, 64, (2,), torch.float32)
-    tensor([-2.,  2.])
-    """
+    """Rebuild the weights as `blockwise.dequantize_blockwise` does, chunk by chunk."""
     n = math.prod(shape)
     flat = torch.empty(n, dtype=dtype, device=packed.device)
     chunk = chunk_size(packed.device)
@@ -215,11 +167,14 @@ def decode(
 ) -> Tensor:
     """Look the levels of packed codes up and multiply them by the absmax of their blocks.
 
-    The heart of `dequantize_blockwise`. Both levels of a byte travel as one 8-byte number: half the
-    look-ups, and PyTorch's fast kind. `out` is int64 and holds a number for each byte.
+    Both levels of a byte travel as one 8-byte number: half the look-ups, and PyTorch's fast kind.
+
+    Args:
+        packed, absmax, levels, blocksize: as for `blockwise.dequantize_blockwise`.
+        out: int64, a number for each byte of `packed`; the result is written over its memory.
 
     Returns:
-        float32, two for each byte of `packed`; over the memory of `out`, if that is given.
+        float32, two for each byte of `packed`.
 
     >>> levels = torch.tensor([-1.0, 1.0])
     >>> decode(torch.tensor([[1]], dtype=torch.uint8), torch.tensor([2.0]), levels, 64)
@@ -242,19 +197,75 @@ def _codes_in_bytes(device: torch.device) -> Tensor:
     return unpack_nibbles(torch.arange(256, dtype=torch.uint8), 512).int().to(device)
 
 
-def read_back(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
-    """Quantise a tensor and read it back: what a model computes with after quantisation.
+def row_chunks(quantized: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rebuild a few rows of a `QuantizedTensor` at a time; see its method of this name."""
+    n_rows, width = quantized.shape
+    blocksize, device = quantized.blocksize, quantized.device
+    whole_blocks = blocksize // math.gcd(width, blocksize)  # so many rows end where a block ends
+    step = chunk_size(device, chunks=4) // max(width, 1) // whole_blocks * whole_blocks
+    step = max(step, whole_blocks)
+    unpacking = UNPACKING.get() or nullcontext
+    with unpacking():
+        absmax, buffer = quantized.absmax, torch.empty(0, dtype=torch.int64, device=device)
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        first, last = start * width, stop * width
+        with unpacking():
+            chunk = decode(
+                quantized.packed[first // 2 : (last + 1) // 2],
+                absmax[first // blocksize : -(-last // blocksize)],
+                quantized.levels,
+                blocksize,
+                buffer.resize_((last + 1) // 2 - first // 2),
+            )
+            chunk = chunk[: last - first].view(stop - start, width).to(dtype)
+        yield slice(start, stop), chunk
 
-    Args:
-        weight: any shape; float32, float16 or bfloat16.
-        levels: a codebook of chapter 1, 1-D.
-        blocksize: one of `BLOCKSIZES`.
 
-    Returns:
-        The shape and dtype of `weight`.
+# Chapter 5: the product with base and adapter in one
 
-    >>> read_back(torch.tensor([-3.0, 0.1, 4.0]), torch.tensor([-1.0, 0.0, 1.0]), 64)
-    tensor([-4.,  0.,  4.])
+
+class FusedProduct(torch.autograd.Function):
+    """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definition makes a new tensor.
+
+    The twin of `qlora.FrozenProduct` and `LoRALayer.low_rank_update` together: fewer passes over
+    memory, and gradients written by hand. `W` is unpacked a few rows at a time in both passes.
     """
-    packed, absmax = quantize_blockwise(weight, levels, blocksize)
-    return dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, weight.dtype)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        quantized: Any,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Compute y `[tokens, out]` from x `[tokens, in]`, in the one dtype of x, A and B."""
+        y = x.new_empty(len(x), quantized.shape[0])
+        for rows, W in quantized.row_chunks(x.dtype):
+            if bias is None:
+                torch.mm(x, W.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, W.T, out=y[:, rows])
+        thin = (x @ lora_A.T).mul_(scaling)
+        y.addmm_(thin, lora_B.T)
+        ctx.save_for_backward(x, thin, lora_A, lora_B)
+        ctx.quantized, ctx.scaling = quantized, scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of x, bias, A and B from that of y."""
+        x, thin, lora_A, lora_B = ctx.saved_tensors
+        grad_thin = (grad_y @ lora_B).mul_(ctx.scaling)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_thin @ lora_A
+            for rows, W in ctx.quantized.row_chunks(grad_y.dtype):
+                grad_x.addmm_(grad_y[:, rows], W)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.sum(0)
+        return grad_x, None, grad_bias, grad_thin.T @ x, grad_y.T @ thin, None

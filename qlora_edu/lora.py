@@ -1,15 +1,16 @@
-"""Chapter 4. LoRA: leave the weight alone and learn a small change beside it.
+"""Chapter 4: LoRA, which leaves the weight alone and learns a small change beside it.
 
-Fine-tuning turns a weight ``W`` into ``W + ΔW``. LoRA bets that ``ΔW`` needs only a few directions,
-so it is written as the product of two thin matrices: ``ΔW = (α/r) · B · A``, where ``A`` is
-``[r, in]``, ``B`` is ``[out, r]`` and the rank ``r`` is small. Only ``A`` and ``B`` are trained.
-``A`` starts random and ``B`` starts at zero, so the adapted layer begins as exactly the layer it
-wraps. Dividing ``α`` by ``r`` keeps the size of the change about the same when ``r`` is varied.
+Fine-tuning turns a weight `W` into `W + ΔW`. LoRA bets that `ΔW` needs only a few directions,
+so it is written as the product of two thin matrices: `ΔW = (α/r) · B · A`, where `A` is
+`[r, in]`, `B` is `[out, r]` and the rank `r` is small. Only `A` and `B` are trained.
+`A` starts random and `B` starts at zero, so the adapted layer begins as exactly the layer it
+wraps. Dividing `α` by `r` keeps the size of the change about the same when `r` is varied.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from qlora_edu.errors import LoRAError
 
 
 def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Split a matrix ``[out, in]`` into ``B`` ``[out, r]`` and ``A`` ``[r, in]``, the nearest ones.
+    """Split a matrix into two thin ones whose product is as near to it as rank `r` allows.
+
+    Args:
+        matrix: `[out, in]`.
+        r: the rank.
+
+    Returns:
+        `B` `[out, r]` and `A` `[r, in]`.
 
     Source: Eckart and Young (1936): the truncated singular value decomposition.
 
@@ -34,7 +42,13 @@ def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def energy_kept(singular_values: Tensor) -> Tensor:
-    """Share of the sum of squares that the first 1, 2, 3 … directions hold, float64.
+    """Measure the share of the sum of squares that the first 1, 2, 3 … directions hold.
+
+    Args:
+        singular_values: `[n]`, descending.
+
+    Returns:
+        float64, `[n]`; the last is 1.
 
     >>> energy_kept(torch.tensor([3.0, 1.0])).tolist()
     [0.9, 1.0]
@@ -44,16 +58,24 @@ def energy_kept(singular_values: Tensor) -> Tensor:
 
 
 class LoRALayer(nn.Module):
-    """The adapter itself, ``x -> (α/r) · B · A · dropout(x)``; the layers that use it add a base.
+    """The adapter itself, `x -> (α/r) · B · A · dropout(x)`; the layers that use it add a base.
 
-    ``lora_A`` is ``[r, in_features]`` and ``lora_B`` is ``[out_features, r]``: the parameters PEFT
-    calls ``lora_A.weight`` and ``lora_B.weight``. ``init="kaiming"`` draws ``A`` as ``nn.Linear``
-    draws its weight (uniform within ±1/√in, PEFT's default); ``init="gaussian"`` draws it from a
-    normal distribution of standard deviation ``1/r`` (PEFT's ``init_lora_weights="gaussian"``).
+    `lora_A` is `[r, in_features]` and `lora_B` is `[out_features, r]`: the parameters PEFT calls
+    `lora_A.weight` and `lora_B.weight`.
+
+    Args:
+        in_features, out_features: the shape of `ΔW`.
+        r: the rank.
+        lora_alpha: α; the product is scaled by `α/r`.
+        lora_dropout: the probability that an entry of the adapter's input is dropped in training.
+        init: "kaiming" draws `A` as `nn.Linear` draws its weight (uniform within ±1/√in, PEFT's
+            default); "gaussian" from a normal distribution of standard deviation `1/r` (PEFT's
+            `init_lora_weights="gaussian"`).
+        device, dtype: of `A` and `B`.
 
     Raises:
-        LoRAError: for a rank below 1, an alpha that is not positive and finite, a dropout outside
-            [0, 1), or an unknown ``init``.
+        LoRAError: a rank below 1, an alpha that is not positive and finite, a dropout outside
+            [0, 1), or an unknown `init`.
     """
 
     def __init__(
@@ -71,13 +93,13 @@ class LoRALayer(nn.Module):
         super().__init__()
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
             raise LoRAError(
-                f"alpha must be positive and finite, not {lora_alpha!r}; alpha = r scales by 1"
+                f"lora_alpha must be positive and finite, not {lora_alpha!r}; r itself scales by 1"
             )
         if not 0 <= lora_dropout < 1:
             raise LoRAError(
-                f"dropout is a probability in [0, 1), not {lora_dropout!r}; 0 turns it off"
+                f"lora_dropout is a probability in [0, 1), not {lora_dropout!r}; 0 turns it off"
             )
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f"unknown init {init!r}; choose 'kaiming' or 'gaussian'")
@@ -90,7 +112,7 @@ class LoRALayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw ``A`` afresh and set ``B`` to zero, so that ``ΔW`` is zero again."""
+        """Draw `A` afresh and set `B` to zero, so that `ΔW` is zero again."""
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
@@ -98,21 +120,21 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def low_rank_update(self, x: Tensor) -> Tensor:
-        """What the adapter adds for ``x`` ``[..., in]``: ``[..., out]``, in the adapter's dtype.
+        """Compute what the adapter adds for `x` `[..., in]`: `[..., out]`, in its own dtype.
 
-        The two thin products are taken one after the other; ``ΔW`` is never formed. The scaling
-        acts between them, where a token has only ``r`` numbers.
+        The two thin products are taken one after the other; `ΔW` is never formed. The scaling
+        acts between them, where a token has only `r` numbers.
         """
         x = self.lora_dropout(x.to(self.lora_A.dtype))
         return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
     def delta_weight(self) -> Tensor:
-        """``ΔW = (α/r) · B · A``, ``[out, in]``, in float32 or wider (equation 3 of the paper)."""
+        """Compute `ΔW = (α/r) · B · A`, `[out, in]`, in float32 or wider (equation 3)."""
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.to(wide) @ self.lora_A.to(wide)) * self.scaling
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ``LoRAError`` unless ``x`` is a floating-point ``[..., in_features]``."""
+        """Refuse, by `LoRAError`, what is no floating-point `[..., in_features]`."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise LoRAError(
                 f"the input has shape {tuple(x.shape)}, but the last dimension must be "
@@ -146,17 +168,22 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer):
-    """A frozen ``nn.Linear`` with a trainable low-rank change beside it: ``base(x) + ΔW·x``.
+    """A frozen `nn.Linear` with a trainable low-rank change beside it: `base(x) + ΔW·x`.
 
-    ``base`` is kept (not copied) and frozen, bias included. The adapter is float32, or float64 for
-    a float64 base: a bfloat16 parameter would lose most of its small training steps to rounding.
-    ``x`` is ``[..., in]`` in the base's dtype; the output is ``[..., out]`` in the same dtype.
-    A rank above ``min(in, out)`` is allowed, as in PEFT, but adds parameters and no freedom.
+    The adapter is float32, or float64 for a float64 base: a bfloat16 parameter would lose most of
+    its small training steps to rounding. `x` is `[..., in]` in the base's dtype; the output is
+    `[..., out]` in the same dtype.
 
-    Equals ``peft.tuners.lora.Linear`` with the same ``A`` and ``B``.
+    Args:
+        linear: the base; it is kept (not copied) as `base`, and frozen, bias included.
+        r: the rank. One above `min(in, out)` is allowed, as in PEFT, but adds parameters and no
+            freedom.
+        lora_alpha, lora_dropout, init: as for `LoRALayer`.
 
     Raises:
-        LoRAError: if ``base`` is not a plain ``nn.Linear``; see also ``LoRALayer``.
+        LoRAError: `linear` is not a plain `nn.Linear`; see also `LoRALayer`.
+
+    Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
     >>> base = nn.Linear(4, 3, bias=False)
     >>> layer = LoRALinear(base, r=2, lora_alpha=4)
@@ -171,39 +198,39 @@ class LoRALinear(LoRALayer):
 
     def __init__(
         self,
-        base: nn.Linear,
+        linear: nn.Linear,
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
         init: str = "kaiming",
     ) -> None:
         # A subclass may hold its weight in another form (bitsandbytes' Linear4bit packs it).
-        if type(base) is not nn.Linear:
+        if type(linear) is not nn.Linear:
             raise LoRAError(
-                f"LoRALinear wraps a torch.nn.Linear, not a {type(base).__name__}; "
+                f"LoRALinear wraps a torch.nn.Linear, not a {type(linear).__name__}; "
                 "for a quantised weight use QLoRALinear"
             )
         super().__init__(
-            base.in_features,
-            base.out_features,
+            linear.in_features,
+            linear.out_features,
             r,
             lora_alpha,
             lora_dropout,
             init,
-            device=base.weight.device,
-            dtype=torch.promote_types(base.weight.dtype, torch.float32),
+            device=linear.weight.device,
+            dtype=torch.promote_types(linear.weight.dtype, torch.float32),
         )
-        self.base = base.requires_grad_(False)
+        self.base = linear.requires_grad_(False)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_state_dict_post_hook(_save_the_unmerged_weight)
 
     @property
     def merged(self) -> bool:
-        """Whether ``base.weight`` holds ``W + ΔW`` at the moment."""
+        """Whether `base.weight` holds `W + ΔW` at the moment."""
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``base(x) + (α/r) · B · A · dropout(x)``; once merged, ``base(x)`` alone."""
+        """`base(x) + (α/r) · B · A · dropout(x)`; once merged, `base(x)` alone."""
         self.check_input(x)
         result = self.base(x)
         if self.merged:
@@ -212,15 +239,15 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put ``W + ΔW`` into ``base.weight``, rounded once to its dtype: no extra cost to infer.
+        """Put `W + ΔW` into `base.weight`, rounded once to its dtype: no extra cost to infer.
 
-        The old ``W`` is kept until ``unmerge``, because ``(W + ΔW) - ΔW`` is not ``W`` in floating
-        point; so a merged layer holds two weights. For a lasting merge, keep ``layer.base`` alone.
-        ``A`` and ``B`` get no gradient while the layer is merged.
+        The old `W` is kept until `unmerge`, because `(W + ΔW) - ΔW` is not `W` in floating
+        point; so a merged layer holds two weights. For a lasting merge, keep `layer.base` alone.
+        `A` and `B` get no gradient while the layer is merged.
 
         Raises:
-            LoRAError: if it is already merged, or if the merged weight would hold NaN or infinity;
-                ``base.weight`` is then unchanged.
+            LoRAError: it is already merged, or the merged weight would hold NaN or infinity;
+                `base.weight` is then unchanged.
         """
         if self.merged:
             raise LoRAError("the adapter is already merged; call unmerge() before merging again")
@@ -234,10 +261,10 @@ class LoRALinear(LoRALayer):
         self.base.weight.data = merged
 
     def unmerge(self) -> None:
-        """Put the old ``W`` back, to the bit, even if ``A`` and ``B`` have changed meanwhile.
+        """Put the old `W` back, to the bit, even if `A` and `B` have changed meanwhile.
 
         Raises:
-            LoRAError: if the layer is not merged.
+            LoRAError: the layer is not merged.
         """
         if not self.merged:
             raise LoRAError("the adapter is not merged; call merge() first")
@@ -263,21 +290,21 @@ def _save_the_unmerged_weight(
 
 
 class HoulsbyAdapter(nn.Module):
-    """The older rival of LoRA: a small network *behind* a frozen layer, ``h + U · gelu(D · h)``.
+    """The older rival of LoRA: a small network *behind* a frozen layer, `h + U · gelu(D · h)`.
 
-    ``h`` is the output of ``base``; ``down`` (``D``, ``[bottleneck, out]``) and ``up`` (``U``,
-    ``[out, bottleneck]``), both with a bias, are trained. ``U`` and its bias start at zero, so the
+    `h` is the output of `base`; `down` (`D`, `[bottleneck, out]`) and `up` (`U`,
+    `[out, bottleneck]`), both with a bias, are trained. `U` and its bias start at zero, so the
     layer begins as its base (Houlsby starts near zero: a normal of standard deviation 0.01). In a
     transformer it stands behind each block's attention and behind its feed-forward part. Between
-    ``D`` and ``U`` lies a bend, so it cannot be merged into ``base``: it costs time at every use.
+    `D` and `U` lies a bend, so it cannot be merged into `base`: it costs time at every use.
 
     Args:
-        base: a module whose output is ``[..., out_features]``; it is frozen.
-        out_features: the width of that output; by default ``base.out_features``.
-        bottleneck: the inner width, ``m`` in the paper; ``2·m·out + m + out`` parameters.
+        base: a module whose output is `[..., out_features]`; it is frozen.
+        out_features: the width of that output; by default `base.out_features`.
+        bottleneck: the inner width, `m` in the paper; `2·m·out + m + out` parameters.
 
     Raises:
-        LoRAError: for a bottleneck below 1, or a base whose width is not known.
+        LoRAError: a bottleneck below 1, or a base whose width is not known.
 
     Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
 
@@ -303,14 +330,14 @@ class HoulsbyAdapter(nn.Module):
             )
         self.base = base.requires_grad_(False)
         like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
-        kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        self.down = nn.Linear(width, bottleneck, **kind)
-        self.up = nn.Linear(bottleneck, width, **kind)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.down = nn.Linear(width, bottleneck, device=like.device, dtype=dtype)
+        self.up = nn.Linear(bottleneck, width, device=like.device, dtype=dtype)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``h + U · gelu(D · h)`` for ``h = base(x)``, in the dtype of ``h``."""
+        """`h + U · gelu(D · h)` for `h = base(x)`, in the dtype of `h`."""
         h = self.base(x)
         change = self.up(F.gelu(self.down(h.to(self.down.weight.dtype))))
         return (h + change).to(h.dtype)

@@ -1,16 +1,15 @@
 """Chapter 3: a tensor held in 4 bits per value, with its constants; to a file and back."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from qlora_edu.blockwise import BLOCKSIZES, DTYPES, check_blocksize, unpack_nibbles
+from qlora_edu import kernels
+from qlora_edu.blockwise import BLOCKSIZES, DTYPES, unpack_nibbles
 from qlora_edu.codebooks import get_levels
 from qlora_edu.double_quant import (
     NESTED_BLOCKSIZE,
@@ -19,13 +18,18 @@ from qlora_edu.double_quant import (
     quantize_absmax,
 )
 from qlora_edu.errors import QuantizationError
-from qlora_edu.kernels import (
-    UNPACKING,
-    chunk_size,
-    decode,
-    dequantize_blockwise,
-    quantize_blockwise,
-)
+
+
+class NonFiniteError(QuantizationError):
+    """The tensor holds NaN or infinity, which would spoil every weight of its block."""
+
+
+class BlocksizeError(QuantizationError):
+    """The block size is not one of `BLOCKSIZES`."""
+
+
+class DtypeError(QuantizationError, TypeError):
+    """The tensor is of a type that cannot be quantised, or was asked to become one."""
 
 
 class StateDictError(QuantizationError):
@@ -34,7 +38,11 @@ class StateDictError(QuantizationError):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A tensor held in 4 bits a value; `quantize` makes one."""
+    """A tensor held in 4 bits per value; `quantize` makes one.
+
+    It is no `torch.Tensor`, but `shape`, `size()`, `numel()`, `dtype`, `device` and `to(device)`
+    mean what they mean there. A file to be kept is best a safetensors file of `state_dict()`.
+    """
 
     packed: Tensor
     """uint8 `[ceil(n / 2), 1]`: two codes a byte, the first in the high nibble."""
@@ -58,12 +66,31 @@ class QuantizedTensor:
     @property
     def absmax(self) -> Tensor:
         """The block constants in float32, shape `[blocks]`, decoded if need be."""
-        return dequantize_absmax(self.constants) if self.double_quant else self.constants
+        if isinstance(self.constants, QuantizedAbsmax):
+            return dequantize_absmax(self.constants)
+        return self.constants
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.packed.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Never: a weight in 4 bits is frozen."""
+        return False
+
+    def numel(self) -> int:
+        """Count the weights, not the bytes that hold them.
+
+        >>> quantize(torch.ones(3, 5)).numel()
+        15
+        """
+        return self.shape.numel()
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Return the shape, or its entry at `dim`."""
+        return self.shape if dim is None else self.shape[dim]
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +99,7 @@ class QuantizedTensor:
         The lookup tables (16 and 256 levels) and the one offset are the same few bytes for a tensor
         of any size, and do not count.
         """
-        if self.double_quant:
+        if isinstance(self.constants, QuantizedAbsmax):
             codes, nested_absmax, *_ = self.constants
             return self.packed.nbytes + codes.nbytes + nested_absmax.nbytes
         return self.packed.nbytes + self.constants.nbytes
@@ -80,7 +107,7 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         """`8 * nbytes` over the number of weights; 0 for an empty tensor."""
-        return 8 * self.nbytes / max(self.shape.numel(), 1)
+        return 8 * self.nbytes / max(self.numel(), 1)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Rebuild the tensor: level times absmax, in its own shape and dtype (or another dtype).
@@ -91,7 +118,7 @@ class QuantizedTensor:
         >>> quantize(torch.tensor([-3.0, 0.0, 3.0]), double_quant=False).dequantize()
         tensor([-3.,  0.,  3.])
         """
-        return dequantize_blockwise(
+        return kernels.dequantize_blockwise(
             self.packed, self.absmax, self.levels, self.blocksize, self.shape, dtype or self.dtype
         )
 
@@ -106,40 +133,40 @@ class QuantizedTensor:
         >>> [(rows.start, tuple(chunk.shape)) for rows, chunk in quantized.row_chunks()]
         [(0, (512, 2048)), (512, (488, 2048))]
         """
-        n_rows, width = self.shape
-        whole_blocks = self.blocksize // math.gcd(width, self.blocksize)
-        step = chunk_size(self.device, chunks=4) // max(width, 1) // whole_blocks * whole_blocks
-        step = max(step, whole_blocks)
-        unpacking = UNPACKING.get() or nullcontext
-        with unpacking():
-            absmax, buffer = self.absmax, torch.empty(0, dtype=torch.int64, device=self.device)
-        for start in range(0, n_rows, step):
-            stop = min(start + step, n_rows)
-            first, last = start * width, stop * width
-            with unpacking():
-                chunk = decode(
-                    self.packed[first // 2 : (last + 1) // 2],
-                    absmax[first // self.blocksize : -(-last // self.blocksize)],
-                    self.levels,
-                    self.blocksize,
-                    buffer.resize_((last + 1) // 2 - first // 2),
-                )
-                chunk = chunk[: last - first].view(stop - start, width).to(dtype or self.dtype)
-            yield slice(start, stop), chunk
+        return kernels.row_chunks(self, dtype or self.dtype)
 
-    def to(self, device: torch.device | str) -> Self:
-        """Copy to a device."""
-        constants = self.constants
-        if self.double_quant:
-            constants = QuantizedAbsmax(*(tensor.to(device) for tensor in constants))
-        else:
-            constants = constants.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            constants=constants,
-            levels=self.levels.to(device),
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        """List the tensors by name; nothing is copied.
+
+        >>> list(quantize(torch.ones(64), double_quant=False).tensors())
+        ['packed', 'levels', 'absmax']
+        """
+        found = {"packed": self.packed, "levels": self.levels}
+        if isinstance(self.constants, QuantizedAbsmax):
+            return found | {f"absmax_{k}": tensor for k, tensor in self.constants._asdict().items()}
+        return found | {"absmax": self.constants}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Make the same out of other tensors, named as in `tensors()`."""
+        packed, levels, *rest = (tensors[name] for name in self.tensors())
+        constants = QuantizedAbsmax(*rest) if self.double_quant else rest[0]
+        return replace(self, packed=packed, levels=levels, constants=constants)
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Copy to a device. The dtype of the values is chosen by `dequantize(dtype)`.
+
+        Raises:
+            DtypeError: for a dtype; the packed bytes are never converted.
+
+        >>> quantize(torch.ones(64)).to("cpu").device
+        device(type='cpu')
+        """
+        if not isinstance(device, torch.device | str | int):
+            raise DtypeError(
+                f"a QuantizedTensor moves to a device and is never converted, so not to {device}: "
+                "dequantize(dtype) gives its values in another dtype"
+            )
+        return self.with_tensors({k: tensor.to(device) for k, tensor in self.tensors().items()})
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """List every tensor by the key bitsandbytes gives it, ready for a safetensors file.
@@ -152,24 +179,24 @@ class QuantizedTensor:
         >>> sorted(quantize(torch.ones(64), double_quant=False).state_dict())
         ['weight', 'weight.absmax', 'weight.quant_map', 'weight.quant_state.bitsandbytes__nf4']
         """
-        facts = {
+        metadata = {
             "quant_type": self.levels_name,
             "blocksize": self.blocksize,
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
         tensors = {prefix: self.packed, f"{prefix}.quant_map": self.levels}
-        if self.double_quant:
-            codes, nested_absmax, offset, nested_map = self.constants
+        if isinstance(self.constants, QuantizedAbsmax):
+            codes, nested_absmax, offset, nested_levels = self.constants
             tensors[f"{prefix}.absmax"] = codes
             tensors[f"{prefix}.nested_absmax"] = nested_absmax
-            tensors[f"{prefix}.nested_quant_map"] = nested_map
-            facts["nested_blocksize"] = NESTED_BLOCKSIZE
-            facts["nested_dtype"] = "float32"
-            facts["nested_offset"] = offset.item()
+            tensors[f"{prefix}.nested_quant_map"] = nested_levels
+            metadata["nested_blocksize"] = NESTED_BLOCKSIZE
+            metadata["nested_dtype"] = "float32"
+            metadata["nested_offset"] = offset.item()
         else:
             tensors[f"{prefix}.absmax"] = self.constants
-        text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
         tensors[f"{prefix}.quant_state.bitsandbytes__{self.levels_name}"] = text
         return tensors
 
@@ -188,26 +215,25 @@ class QuantizedTensor:
         >>> QuantizedTensor.from_state_dict(quantized.state_dict()).dequantize()
         tensor([1., 1., 1.])
         """
-        facts = _read_facts(state, prefix)
-        constants = _take(state, f"{prefix}.absmax")
+        metadata = _read_metadata(state, prefix)
+        constants: Any = _take(state, f"{prefix}.absmax")
         if f"{prefix}.nested_absmax" in state:
+            offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32)
             constants = QuantizedAbsmax(
                 codes=constants,
                 nested_absmax=_take(state, f"{prefix}.nested_absmax"),
-                offset=torch.tensor(
-                    facts["nested_offset"], dtype=torch.float32, device=constants.device
-                ),
-                map=_take(state, f"{prefix}.nested_quant_map"),
+                offset=offset.to(constants.device),
+                levels=_take(state, f"{prefix}.nested_quant_map"),
             )
         quantized = cls(
             # Sharded training stores the same bytes under a float dtype, in fewer elements.
             packed=_take(state, prefix).contiguous().view(torch.uint8).view(-1, 1),
             constants=constants,
             levels=_take(state, f"{prefix}.quant_map"),
-            levels_name=facts["quant_type"],
-            blocksize=facts["blocksize"],
-            shape=torch.Size(facts["shape"]),
-            dtype=facts["dtype"],
+            levels_name=metadata["quant_type"],
+            blocksize=metadata["blocksize"],
+            shape=torch.Size(metadata["shape"]),
+            dtype=metadata["dtype"],
         )
         _check_fit(quantized, prefix)
         return quantized
@@ -215,7 +241,7 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         return (
             f"QuantizedTensor({self.levels_name}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"blocksize={self.blocksize}, {self.bits_per_weight:.3f} bits a weight)"
+            f"blocksize={self.blocksize}, {self.bits_per_weight:.3f} bits per weight)"
         )
 
 
@@ -225,8 +251,8 @@ def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
     return state[key].detach()
 
 
-def _read_facts(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Read the facts that are no tensors, which bitsandbytes keeps as JSON in a uint8 tensor."""
+def _read_metadata(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Read what is no tensor, and what bitsandbytes keeps as JSON in a uint8 tensor."""
     start = f"{prefix}.quant_state.bitsandbytes__"
     keys = [key for key in state if key.startswith(start)]
     if len(keys) != 1:
@@ -235,22 +261,22 @@ def _read_facts(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
             f"check the prefix, and that {prefix!r} was saved after quantisation"
         )
     try:
-        facts = json.loads(bytes(state[keys[0]].tolist()))
-        facts["dtype"] = {str(dtype): dtype for dtype in DTYPES}[f"torch.{facts['dtype']}"]
-        facts["shape"] = [int(size) for size in facts["shape"]]
+        metadata = json.loads(bytes(state[keys[0]].tolist()))
+        metadata["dtype"] = {str(dtype): dtype for dtype in DTYPES}[f"torch.{metadata['dtype']}"]
+        metadata["shape"] = [int(size) for size in metadata["shape"]]
         if f"{prefix}.nested_absmax" in state:
-            facts["nested_offset"] = float(facts["nested_offset"])
+            metadata["nested_offset"] = float(metadata["nested_offset"])
         valid = (
-            f"{start}{facts['quant_type']}" == keys[0]
-            and facts["blocksize"] in BLOCKSIZES
-            and facts.get("nested_blocksize", NESTED_BLOCKSIZE) == NESTED_BLOCKSIZE
-            and min(facts["shape"], default=0) >= 0
+            f"{start}{metadata['quant_type']}" == keys[0]
+            and metadata["blocksize"] in BLOCKSIZES
+            and metadata.get("nested_blocksize", NESTED_BLOCKSIZE) == NESTED_BLOCKSIZE
+            and min(metadata["shape"], default=0) >= 0
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StateDictError(f"{keys[0]} is damaged: {error!r}") from error
     if not valid:
-        raise StateDictError(f"{keys[0]} describes no tensor that this library can hold: {facts}")
-    return facts
+        raise StateDictError(f"{keys[0]} describes no tensor that fits here: {metadata}")
+    return metadata
 
 
 def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
@@ -258,13 +284,13 @@ def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
     n = quantized.shape.numel()
     blocks = -(-n // quantized.blocksize)
     wanted = [("", quantized.packed, torch.uint8, -(-n // 2))]
-    if quantized.double_quant:
-        codes, nested_absmax, _, nested_map = quantized.constants
+    if isinstance(quantized.constants, QuantizedAbsmax):
+        codes, nested_absmax, _, nested_levels = quantized.constants
         nested_blocks = -(-blocks // NESTED_BLOCKSIZE)
         wanted += [
             (".absmax", codes, torch.uint8, blocks),
             (".nested_absmax", nested_absmax, torch.float32, nested_blocks),
-            (".nested_quant_map", nested_map, torch.float32, 256),
+            (".nested_quant_map", nested_levels, torch.float32, 256),
         ]
     else:
         wanted += [(".absmax", quantized.constants, torch.float32, blocks)]
@@ -294,27 +320,33 @@ def quantize(
     double_quant: bool = True,
     compiled: bool = False,
 ) -> QuantizedTensor:
-    """Quantise a tensor to 4 bits a weight.
+    """Quantise a tensor to 4 bits per weight.
 
     Args:
         weight: any shape; float32, float16 or bfloat16; finite.
         levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
         blocksize: weights that share one absmax; one of `BLOCKSIZES`.
         double_quant: whether to write the absmax in 8 bits.
-        compiled: as for `quantize_blockwise`: many times faster, after some seconds of compiling.
+        compiled: as for `kernels.quantize_blockwise`: many times faster, after some seconds of
+            compiling.
 
     Raises:
-        QuantizationError: in one of its kinds, named after what is wrong.
+        DtypeError, BlocksizeError, UnknownLevelsError: one of the arguments cannot be used.
+        NonFiniteError: `weight` holds NaN or infinity.
+        CompilerError: `compiled`, and no compiler.
 
     Source: QLoRA (arXiv 2305.14314) section 3; for "nf4" and "fp4" equals bitsandbytes
     `quantize_4bit(..., compress_statistics=double_quant)` on a CPU, to the byte.
 
     >>> quantize(torch.randn(256, 256))
-    QuantizedTensor(nf4, shape=(256, 256), dtype=torch.float32, blocksize=64, 4.127 bits a weight)
+    QuantizedTensor(nf4, shape=(256, 256), dtype=torch.float32, blocksize=64, 4.127 bits per weight)
     """
+    check_weight(weight)
     check_blocksize(blocksize)
     table = get_levels(levels, blocksize)
-    packed, absmax = quantize_blockwise(weight, table, blocksize, compiled)
+    packed, absmax = kernels.quantize_blockwise(weight, table, blocksize, compiled)
+    if not absmax.isfinite().all():  # an absmax is NaN or infinite if one of its weights is
+        _refuse_non_finite(weight)
     return QuantizedTensor(
         packed=packed,
         constants=quantize_absmax(absmax) if double_quant else absmax,
@@ -324,3 +356,43 @@ def quantize(
         shape=weight.shape,
         dtype=weight.dtype,
     )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what cannot be quantised: no tensor, or another dtype than `DTYPES`.
+
+    Raises:
+        DtypeError: `weight` is no tensor or has an unsupported dtype.
+    """
+    if not isinstance(weight, Tensor):
+        raise DtypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise DtypeError(
+            f"cannot quantise a tensor of dtype {weight.dtype}: convert it to one of {names}"
+        )
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Refuse a block size that is not one of `BLOCKSIZES`.
+
+    Raises:
+        BlocksizeError: names the value and the supported sizes.
+    """
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise BlocksizeError(
+            f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
+        )
+
+
+def _refuse_non_finite(weight: Tensor) -> None:
+    bad = (~torch.isfinite(weight)).nonzero()
+    first = tuple(bad[0].tolist())
+    raise NonFiniteError(
+        f"weight holds {len(bad)} non-finite value(s), the first, {weight[first].item()}, at "
+        f"index {first}: repair the checkpoint or replace them before quantising"
+    )
+
+
+# So that torch.load(..., weights_only=True) reads what torch.save has written: no code comes along.
+torch.serialization.add_safe_globals([QuantizedTensor, QuantizedAbsmax])

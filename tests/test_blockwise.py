@@ -1,63 +1,20 @@
-"""Chapter 2: packed bytes and absmax equal bitsandbytes, values equal the definition."""
+"""Chapter 2: the definition; its packed bytes and absmax equal bitsandbytes."""
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
+import math
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import blocksizes, unhurried, weights
 
 from qlora_edu import blockwise as bw
-from qlora_edu import kernels
 from qlora_edu.codebooks import LEVELS, get_levels
-from qlora_edu.errors import QuantizationError
-
-# No deadline and no complaint about slow generation: a busy machine is no fault of the code.
-unhurried = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 # With a card bitsandbytes loads its library for CUDA, which has no kernels for the processor.
 ON_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cuda.is_available()
-
-
-@st.composite
-def weights(draw, longest=9000):
-    """Draw a 1-D tensor: normal, tied, constant, sparse or wild, from 1e-40 to 3e38 in size."""
-    dtype = draw(st.sampled_from(bw.DTYPES))
-    largest = min(3e38, torch.finfo(dtype).max)
-    n = draw(st.integers(1, 300) | st.sampled_from([512, 1023, 4096, 4097, 9000]))
-    n = min(n, longest)
-    kind = draw(st.sampled_from(["normal", "ties", "constant", "sparse", "wild"]))
-    if kind == "wild":
-        numbers = draw(st.lists(st.floats(-largest, largest), min_size=1, max_size=80))
-        return torch.tensor(numbers, dtype=torch.float64).to(dtype)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    if kind == "ties":
-        # A power of two leaves midpoints exact, so ties stay ties and neighbours neighbours.
-        levels = get_levels(draw(st.sampled_from(["nf4", "fp4"]))).unique()
-        ties = (levels[:-1] + levels[1:]) / 2
-        two = torch.tensor(2.0)
-        pool = torch.cat([levels, ties, torch.nextafter(ties, two), torch.nextafter(ties, -two)])
-        x = pool[torch.randint(len(pool), (n,), generator=generator)]
-        x[::32] = 1
-        scale = 2.0 ** draw(st.integers(-130, 126))
-    else:
-        x = torch.randn(n, generator=generator)
-        if kind == "constant":
-            x = torch.ones(n) * draw(st.sampled_from([-1.0, 0.0, 1.0]))
-        if kind == "sparse":
-            x *= torch.rand(n, generator=generator) < 0.02
-        scale = draw(st.sampled_from([1e-40, 1e-38, 1.2e-38, 1e-20, 1e-3, 1.0, 6e4, 3e38]))
-    return (x.double() * scale).clamp(-largest, largest).to(dtype)
-
-
-blocksizes = st.sampled_from(bw.BLOCKSIZES)
 
 
 @settings(unhurried, max_examples=150)
@@ -66,22 +23,11 @@ blocksizes = st.sampled_from(bw.BLOCKSIZES)
 @example(weight=torch.full((65,), 1e-40), blocksize=32, name="nf4")
 @example(weight=torch.full((65,), -3e38), blocksize=32, name="fp4")
 def test_packed_and_absmax_equal_bitsandbytes_to_the_byte(weight, blocksize, name):
-    packed, absmax = kernels.quantize_blockwise(weight, get_levels(name), blocksize)
+    packed, absmax = bw.quantize_blockwise(weight, get_levels(name), blocksize)
     their_packed, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type=name)
     assert packed.dtype == torch.uint8 and absmax.dtype == torch.float32
     assert torch.equal(packed, their_packed)
     assert torch.equal(absmax, state.absmax)
-
-
-@pytest.mark.parametrize("dtype", bw.DTYPES)
-@pytest.mark.parametrize("blocksize", bw.BLOCKSIZES)
-@pytest.mark.parametrize("n", [4096 * 3, 4096 * 2 + 33, 10_001])
-def test_every_dtype_and_blocksize_equals_bitsandbytes(dtype, blocksize, n):
-    """The same promise without chance: each combination is certain to be tried."""
-    weight = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
-    packed, absmax = kernels.quantize_blockwise(weight, get_levels("nf4"), blocksize)
-    theirs, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
-    assert torch.equal(packed, theirs) and torch.equal(absmax, state.absmax)
 
 
 def by_the_definition(packed, absmax, levels, blocksize, n, dtype):
@@ -103,8 +49,8 @@ def by_the_definition(packed, absmax, levels, blocksize, n, dtype):
 )
 def test_dequantised_values_equal_the_definition(weight, blocksize, name):
     levels, n = get_levels(name), len(weight)
-    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
-    values = kernels.dequantize_blockwise(packed, absmax, levels, blocksize, (n,), weight.dtype)
+    packed, absmax = bw.quantize_blockwise(weight, levels, blocksize)
+    values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, (n,), weight.dtype)
     assert values.dtype == weight.dtype
     assert torch.equal(
         values, by_the_definition(packed, absmax, levels, blocksize, n, values.dtype)
@@ -115,10 +61,8 @@ def test_dequantised_values_equal_the_definition(weight, blocksize, name):
 @given(weight=weights(), blocksize=blocksizes, name=st.sampled_from(["nf4", "int4", "af4"]))
 def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, name):
     levels = get_levels(name, blocksize)
-    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
-    values = kernels.dequantize_blockwise(
-        packed, absmax, levels, blocksize, weight.shape, torch.float64
-    )
+    packed, absmax = bw.quantize_blockwise(weight, levels, blocksize)
+    values = bw.dequantize_blockwise(packed, absmax, levels, blocksize, weight.shape, torch.float64)
     error = (values - weight.double()).abs()
     half_gap = levels.diff().max() / 2 * absmax.repeat_interleave(blocksize)[: len(weight)]
     # Blocks below 1e-38 are scaled by too little and come out as zero. The slack is for float32:
@@ -127,25 +71,33 @@ def test_no_weight_is_further_off_than_half_the_widest_gap(weight, blocksize, na
     assert (error <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", bw.DTYPES)
-@pytest.mark.parametrize("blocksize", bw.BLOCKSIZES)
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_dequantised_values_equal_bitsandbytes_on_rows_of_whole_blocks(dtype, blocksize, name):
-    shape = (3, 2 * blocksize)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed, absmax = kernels.quantize_blockwise(weight, get_levels(name), blocksize)
+@settings(unhurried, max_examples=30)
+@given(
+    weight=weights(),
+    blocksize=blocksizes,
+    name=st.sampled_from(["nf4", "fp4"]),
+    per_row=st.integers(1, 2),
+)
+@example(weight=torch.ones(8192), blocksize=4096, name="nf4", per_row=2)
+def test_dequantised_values_equal_bitsandbytes_on_rows_of_whole_blocks(
+    weight, blocksize, name, per_row
+):
+    weight = weight.repeat(-(-3 * per_row * blocksize // len(weight)))
+    weight = weight[: 3 * per_row * blocksize].view(3, -1)
+    shape, dtype = weight.shape, weight.dtype
+    packed, absmax = bw.quantize_blockwise(weight, get_levels(name), blocksize)
     theirs, state = bnb_functional.quantize_4bit(weight, blocksize=blocksize, quant_type=name)
     # From blocks of 2048 on, bitsandbytes would compile its fallback for half a minute.
     with torch.compiler.set_stance("force_eager"):
         expected = bnb_functional.dequantize_4bit(theirs, state)
-    ours = kernels.dequantize_blockwise(packed, absmax, get_levels(name), blocksize, shape, dtype)
+    ours = bw.dequantize_blockwise(packed, absmax, get_levels(name), blocksize, shape, dtype)
     assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
 def test_first_of_two_codes_is_in_the_high_nibble():
-    packed, _ = kernels.quantize_blockwise(torch.tensor([-1.0, 1.0]), get_levels("nf4"), 64)
+    packed, _ = bw.quantize_blockwise(torch.tensor([-1.0, 1.0]), get_levels("nf4"), 64)
     assert packed.tolist() == [[0x0F]]
-    packed, absmax = kernels.quantize_blockwise(torch.zeros(64), get_levels("nf4"), 64)
+    packed, absmax = bw.quantize_blockwise(torch.zeros(64), get_levels("nf4"), 64)
     assert packed.unique().tolist() == [0x77] and absmax.tolist() == [0]
 
 
@@ -153,7 +105,7 @@ def test_a_weight_at_a_midpoint_goes_down():
     levels = get_levels("nf4")
     midpoints = (levels[:-1] + levels[1:]) / 2
     # The 1 makes the absmax 1, so that scaling leaves the midpoints where they are.
-    packed, _ = kernels.quantize_blockwise(torch.cat([torch.ones(1), midpoints]), levels, 64)
+    packed, _ = bw.quantize_blockwise(torch.cat([torch.ones(1), midpoints]), levels, 64)
     assert bw.unpack_nibbles(packed, 16).tolist() == [15, *range(15)]
 
 
@@ -166,8 +118,8 @@ def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied():
     differs = (x / absmax > midpoint) & ~(x * (1 / absmax) > midpoint)
     i = differs.nonzero()[0]
     pair = torch.cat([absmax[i], x[i]])
-    short, _ = kernels.quantize_blockwise(pair, levels, 32)
-    whole, _ = kernels.quantize_blockwise(torch.cat([pair, torch.zeros(30)]), levels, 32)
+    short, _ = bw.quantize_blockwise(pair, levels, 32)
+    whole, _ = bw.quantize_blockwise(torch.cat([pair, torch.zeros(30)]), levels, 32)
     assert (short[0].item(), whole[0].item()) == (0xF9, 0xF8)
 
 
@@ -181,15 +133,15 @@ def test_nibbles_round_trip(codes):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (5,), (3, 0), (2, 3, 5), (7, 64)])
-@pytest.mark.parametrize("dtype", bw.DTYPES)
-def test_shape_and_dtype_come_back(shape, dtype):
-    levels = get_levels("int4")
+def test_shape_and_dtype_come_back(shape):
+    dtype, levels = torch.bfloat16, get_levels("int4")
     weight = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed, absmax = kernels.quantize_blockwise(weight, levels, 32)
+    packed, absmax = bw.quantize_blockwise(weight, levels, 32)
     assert packed.shape == ((weight.numel() + 1) // 2, 1)
     assert absmax.shape == (-(-weight.numel() // 32),)
-    values = kernels.dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
+    values = bw.dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
     assert values.shape == shape and values.dtype == dtype
+    assert torch.equal(bw.read_back(weight, levels, 32), values)
     if 0 < weight.numel() <= 5:
         assert values.abs().max() == weight.abs().max()
 
@@ -197,63 +149,52 @@ def test_shape_and_dtype_come_back(shape, dtype):
 def test_memory_layout_and_gradient_do_not_matter():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     levels = get_levels("nf4")
-    expected = kernels.quantize_blockwise(weight.T.contiguous(), levels, 64)
-    actual = kernels.quantize_blockwise(weight.requires_grad_().T, levels, 64)
+    expected = bw.quantize_blockwise(weight.T.contiguous(), levels, 64)
+    actual = bw.quantize_blockwise(weight.requires_grad_().T, levels, 64)
     for ours, wanted in zip(actual, expected, strict=True):
         assert torch.equal(ours, wanted) and not ours.requires_grad
 
 
-# From the tests of bitsandbytes: mean absolute error on N(0, 1) of shape 1024 x 1024.
-PUBLISHED_ERRORS = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 4096: 0.092547}
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("blocksize", PUBLISHED_ERRORS)
-def test_mean_absolute_error_is_the_published_one(blocksize):
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    levels = get_levels("nf4")
-    packed, absmax = kernels.quantize_blockwise(weight, levels, blocksize)
-    values = kernels.dequantize_blockwise(
-        packed, absmax, levels, blocksize, (1024, 1024), weight.dtype
-    )
-    error = (values - weight).abs().mean().item()
-    # The error of one weight has a deviation near 0.06 and there are 2**20 of them: 6e-5 for the
-    # mean, and a little more because a block shares its absmax. 3e-4 is four to five of these.
-    assert error == pytest.approx(PUBLISHED_ERRORS[blocksize], abs=3e-4)
+# From the tests of bitsandbytes, N(0, 1), 1024 × 1024. They allow their mean plus 7 standard
+# deviations of it between tensors. Blocks of one tensor are independent, so the spread of the
+# blocks' own means gives that deviation without drawing more tensors.
+PUBLISHED = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 4096: 0.092547}
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", bw.DTYPES)
-def test_a_weight_that_is_not_finite_is_refused_with_its_place(bad, dtype):
-    weight = torch.zeros(4, 6, dtype=dtype)
-    weight[2, 5] = weight[3, 0] = bad
-    with pytest.raises(bw.NonFiniteError, match=rf"2 non-finite.*{bad}.*\(2, 5\)"):
-        kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
+@pytest.mark.parametrize("blocksize", PUBLISHED)
+def test_the_published_mean_error_is_within_seven_standard_errors(blocksize):
+    weight = random(1024, 1024)
+    error = (bw.read_back(weight, get_levels("nf4"), blocksize) - weight).abs()
+    of_blocks = error.view(-1, blocksize).mean(dim=1)
+    standard_error = of_blocks.std().item() / math.sqrt(len(of_blocks))
+    assert standard_error < 0.0005
+    assert abs(error.mean().item() - PUBLISHED[blocksize]) < 7 * standard_error
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float64, torch.complex64]
-)
-def test_an_unsupported_dtype_is_refused_by_name(dtype):
-    with pytest.raises(bw.DtypeError, match=f"{dtype}.*float32, float16, bfloat16"):
-        kernels.quantize_blockwise(torch.ones(4).to(dtype), get_levels("nf4"), 64)
+def test_the_published_relative_error_at_64_is_within_seven_standard_errors():
+    weight = random(1024, 1024)
+    error = (bw.read_back(weight, get_levels("nf4"), 64) - weight).abs()
+    relative = error / (weight.abs() + 1e-8)
+    standard_error = relative.view(-1, 64).mean(dim=1).std().item() / math.sqrt(2**20 / 64)
+    assert abs(relative.mean().item() - 0.203339) < 7 * standard_error
 
 
-@pytest.mark.parametrize("weight", [[1.0, 2.0], None, 3.0])
-def test_what_is_no_tensor_is_refused_by_type(weight):
-    with pytest.raises(bw.DtypeError, match=type(weight).__name__):
-        kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
-
-
-@pytest.mark.parametrize("blocksize", [0, -64, 16, 63, 96, 8192, 64.0, True, "64", None, [64]])
-def test_an_unsupported_blocksize_is_refused_by_value(blocksize):
-    with pytest.raises(bw.BlocksizeError, match="32, 64, 128"):
-        kernels.quantize_blockwise(torch.ones(4), get_levels("nf4"), blocksize)
-
-
-def test_every_error_is_a_quantization_error_and_a_value_error():
-    for error in (bw.NonFiniteError, bw.BlocksizeError, bw.DtypeError):
-        assert issubclass(error, QuantizationError) and issubclass(error, ValueError)
-    assert issubclass(bw.DtypeError, TypeError)
+def test_the_standard_error_from_blocks_is_the_one_between_tensors():
+    means, predicted = [], []
+    for seed in range(40):
+        weight = random(2**16, seed=seed)
+        of_blocks = (
+            (bw.read_back(weight, get_levels("nf4"), 64) - weight).abs().view(-1, 64).mean(1)
+        )
+        means.append(of_blocks.mean().item())
+        predicted.append(of_blocks.std().item() / math.sqrt(len(of_blocks)))
+    measured = torch.tensor(means).std().item()
+    # Forty draws know a deviation to 1 / sqrt(2 · 39), 11 %; this allows four of these.
+    assert measured == pytest.approx(sum(predicted) / 40, rel=0.45)
 
 
 @pytest.mark.skipif(not ON_AVX512, reason="the kernel at fault is the one for AVX-512")
@@ -267,10 +208,10 @@ def test_defect_of_bitsandbytes_blocks_restart_at_each_row(shape):
     """
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    ours, absmax = kernels.quantize_blockwise(weight, get_levels("nf4"), 64)
+    ours, absmax = bw.quantize_blockwise(weight, get_levels("nf4"), 64)
     assert torch.equal(ours, packed) and torch.equal(absmax, state.absmax)
 
-    right = kernels.dequantize_blockwise(ours, absmax, get_levels("nf4"), 64, shape, weight.dtype)
+    right = bw.dequantize_blockwise(ours, absmax, get_levels("nf4"), 64, shape, weight.dtype)
     theirs = bnb_functional.dequantize_4bit(packed, state)
     # The widest gap between levels is 0.304: no right value is off by more than half that.
     largest_right_error = 0.152 * absmax.max()
@@ -304,78 +245,3 @@ def test_defect_of_bitsandbytes_an_evaluation_cuts_later_gradients():
 
     assert gradient_after_evaluation(guarded=False) is None
     assert gradient_after_evaluation(guarded=True) is not None
-
-
-# Speed and memory
-
-
-# torch.compile wants a C++ compiler and the header that modules for Python are compiled with.
-CAN_COMPILE = (shutil.which("g++") or shutil.which("clang++")) and (
-    Path(sysconfig.get_path("include")) / "Python.h"
-).exists()
-
-
-@pytest.mark.skipif(not CAN_COMPILE, reason="no C++ compiler, or no Python.h")
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int4"])
-def test_compiled_code_gives_the_same_bytes(name):
-    # Two whole pieces, which are compiled, some blocks that are not, and a short last one.
-    weight = torch.randn(8 * kernels.CHUNK + 5 * 64 + 7).to(torch.bfloat16)
-    levels = get_levels(name)
-    for blocksize in bw.BLOCKSIZES if name == "nf4" else (64, 4096):
-        plain = kernels.quantize_blockwise(weight, levels, blocksize)
-        compiled = kernels.quantize_blockwise(weight, levels, blocksize, compiled=True)
-        assert torch.equal(plain[0], compiled[0]) and torch.equal(plain[1], compiled[1])
-
-
-def test_without_a_compiler_the_way_out_is_named(tmp_path):
-    script = """
-import torch
-from qlora_edu import kernels, quantize
-
-try:
-    quantize(torch.randn(4 * kernels.CHUNK), compiled=True)
-except kernels.CompilerError as error:
-    print(error)
-"""
-    # A compiler that always fails, and no cache of what another one has compiled before.
-    broken = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=broken)
-    assert "apt-get install g++" in run.stdout and "the result is the same" in run.stdout
-
-
-def test_pieces_meet_without_a_seam():
-    weight = torch.randn(2 * kernels.CHUNK + 64)
-    levels = get_levels("nf4")
-    whole, _ = kernels.quantize_blockwise(weight, levels, 64)
-    parts = [
-        kernels.quantize_blockwise(part, levels, 64)[0] for part in weight.split(kernels.CHUNK // 4)
-    ]
-    assert torch.equal(whole, torch.cat(parts))
-    assert torch.equal(
-        kernels.read_back(weight, levels, 64),
-        torch.cat([kernels.read_back(part, levels, 64) for part in weight.split(64 * 1000)]),
-    )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in KiB on Linux alone")
-def test_a_large_tensor_needs_little_memory_beside_it():
-    script = """
-import resource, torch
-from qlora_edu import quantize
-
-weight = torch.ones(2**28)
-quantize(weight[:2**20])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-quantized = quantize(weight)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((1024 * (after - before) - quantized.nbytes) / weight.nbytes)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    # Half of it is what was promised. A fifth leaves room for the double quantisation of its
-    # constants, and shows a temporary of even one byte a weight.
-    assert float(run.stdout) < 0.2
-
-
-def test_more_levels_than_a_nibble_can_name_are_refused():
-    with pytest.raises(QuantizationError, match="4 bits, too few for 17"):
-        kernels.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 17), 64)

@@ -55,7 +55,7 @@ def test_the_layer_gives_the_outputs_and_gradients_of_bitsandbytes(dtype, tokens
     """To two roundings of the dtype's: a matrix product on a card may sum in any order."""
     torch.manual_seed(0)
     linear = nn.Linear(512, 256, bias=False, device="cuda", dtype=dtype)
-    layer = QLoRALinear.from_linear(linear, 8, 16.0, compute_dtype=dtype, double_quant=False)
+    layer = QLoRALinear(linear, 8, 16.0, compute_dtype=dtype, double_quant=False)
     twin = bitsandbytes.nn.Linear4bit(
         512, 256, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4"
     )

@@ -1,4 +1,4 @@
-"""Chapter 4: ``LoRALinear`` equals PEFT's layer, merges exactly, and refuses what cannot work."""
+"""Chapter 4: `LoRALinear` equals PEFT's layer, merges exactly, and refuses what cannot work."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ IN, OUT, RANK, ALPHA = 24, 16, 4, 8  # α/r = 2: neither 1, nor α, nor r; and �
 
 
 def make_layer(dtype=torch.float32, *, trained=True, bias=True, seed=0, **settings) -> LoRALinear:
-    """A small layer; ``trained`` fills B, which starts at zero and would hide most mistakes."""
+    """A small layer; `trained` fills B, which starts at zero and would hide most mistakes."""
     torch.manual_seed(seed)
     layer = LoRALinear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), RANK, ALPHA, **settings)
     if trained:
@@ -289,7 +289,7 @@ def test_a_bad_rank_is_refused(r):
         LoRALinear(nn.Linear(4, 4), r, 1)
 
 
-@pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf, "32", None])
 def test_a_bad_alpha_is_refused(lora_alpha):
     with pytest.raises(LoRAError, match="lora_alpha"):
         LoRALinear(nn.Linear(4, 4), 1, lora_alpha)

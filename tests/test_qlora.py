@@ -1,4 +1,4 @@
-"""Chapter 5: ``QLoRALinear`` is bitsandbytes and PEFT to the bit, and keeps no full copy of W."""
+"""Chapter 5: `QLoRALinear` is bitsandbytes and PEFT to the bit, and keeps no full copy of W."""
 
 import copy
 import gc
@@ -11,22 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import has_avx512bf16
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import unhurried
 from test_blockwise import ON_AVX512
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from qlora_edu import blockwise
 from qlora_edu.errors import LoRAError, QuantizationError
+from qlora_edu.kernels import CHUNK_SIZE
 from qlora_edu.qlora import (
-    MERGES,
+    MERGE_TARGETS,
+    FrozenProduct,
+    FusedQLoRALinear,
     QLoRALinear,
     merge_weight,
-    put_together,
     quantized_linear,
+    replace_linear_layers,
     surviving_share,
-    take_apart,
 )
 from qlora_edu.quantized import quantize
 
@@ -48,10 +52,13 @@ def make_linear(in_features=IN, out_features=OUT, dtype=torch.float32, seed=0) -
     return nn.Linear(in_features, out_features, dtype=dtype)
 
 
-def make_layer(linear: nn.Linear | None = None, **settings) -> QLoRALinear:
+BOTH = pytest.mark.parametrize("layer_class", [QLoRALinear, FusedQLoRALinear])
+
+
+def make_layer(linear: nn.Linear | None = None, layer_class=QLoRALinear, **settings) -> QLoRALinear:
     """A layer whose B is not zero: a zero B would hide most mistakes."""
     linear = make_linear() if linear is None else linear
-    layer = QLoRALinear.from_linear(linear, RANK, ALPHA, **settings)
+    layer = layer_class(linear, RANK, ALPHA, **settings)
     nn.init.normal_(layer.lora_B, std=0.1)
     return layer
 
@@ -75,7 +82,7 @@ def make_linear4bit(linear: nn.Linear, compute_dtype=None, quant_type="nf4"):
 
 
 def make_peft_twin(layer: QLoRALinear, linear: nn.Linear, lora_dropout: float = 0.0):
-    """PEFT's adapter around bitsandbytes' layer, with the A and B of ``layer``."""
+    """PEFT's adapter around bitsandbytes' layer, with the A and B of `layer`."""
     from peft import LoraConfig
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -128,8 +135,9 @@ def test_gradcheck_of_the_product(shape):
     assert torch.autograd.gradcheck(product, (x, bias))
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    layer = make_layer()
+@BOTH
+def test_a_second_derivative_is_refused_and_not_wrong(layer_class):
+    layer = make_layer(layer_class=layer_class)
     x = torch.randn(3, IN, requires_grad=True)
     (grad_x,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -148,8 +156,9 @@ def test_gradcheck_of_the_layer():
     assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B))
 
 
-def test_gradients_of_the_layer_are_those_of_the_dense_computation():
-    layer = make_layer()
+@BOTH
+def test_gradients_of_the_layer_are_those_of_the_dense_computation(layer_class):
+    layer = make_layer(layer_class=layer_class)
     y, grad_x = run(layer)
     a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
     dense_weight = layer.weight.dequantize()
@@ -164,10 +173,10 @@ def test_gradients_of_the_layer_are_those_of_the_dense_computation():
 
 
 def watch(forward, n_weights: int) -> tuple[dict[int, int], int]:
-    """Run ``forward`` and see what it leaves behind for the backward pass.
+    """Run `forward` and see what it leaves behind for the backward pass.
 
     Returns the bytes of each storage autograd saves, by address, and the number of new floating
-    storages of at least ``n_weights`` elements that are alive (kept on a ``ctx``, say) afterwards.
+    storages of at least `n_weights` elements that are alive (kept on a `ctx`, say) afterwards.
     """
 
     def count_big() -> int:
@@ -196,18 +205,16 @@ def test_nothing_but_the_packed_weight_is_kept_for_the_backward_pass(double_quan
     quantized = quantize(torch.randn(512, 256), double_quant=double_quant)
     x = torch.randn(3, 256, requires_grad=True)
     saved, left_behind = watch(lambda: quantized_linear(x, quantized), 512 * 256)
-    tensors = take_apart(quantized)[0].values()
-    # The very storages of the weight: not one byte that was not there before.
-    assert set(saved) == {t.untyped_storage().data_ptr() for t in tensors}
-    # 4.13 or 4.5 bits a weight, and two small tables.
-    assert 4.12 < 8 * sum(saved.values()) / (512 * 256) < 4.6
-    assert left_behind == 0
+    assert saved == {} and left_behind == 0
     assert x.grad is not None
+    # The weight itself, and not one byte that was not there before.
+    assert FrozenProduct.apply(x, quantized).grad_fn.quantized is quantized
 
 
-def test_the_layer_adds_activations_only():
-    """Of a whole layer: ``x`` for the gradient of A, ``A·x`` for that of B, and no weight of W."""
-    tokens, layer = 3, make_layer()
+@BOTH
+def test_the_layer_adds_activations_only(layer_class):
+    """Of a whole layer: `x` for the gradient of A, `A·x` for that of B, and no weight of W."""
+    tokens, layer = 3, make_layer(layer_class=layer_class)
     x = torch.randn(tokens, IN, requires_grad=True)
     saved, left_behind = watch(lambda: layer(x), OUT * IN)
     own = itertools.chain(layer.parameters(), layer.buffers())
@@ -241,18 +248,25 @@ def test_nothing_is_kept_for_an_input_that_needs_no_gradient():
     quantized = quantize(torch.randn(OUT, IN))
     bias = torch.zeros(OUT, requires_grad=True)
     assert watch(lambda: quantized_linear(torch.randn(3, IN), quantized, bias), OUT * IN) == ({}, 0)
+    assert not hasattr(
+        FrozenProduct.apply(torch.randn(3, IN), quantized, bias).grad_fn, "quantized"
+    )
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-@pytest.mark.parametrize("input_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@BOTH
+@given(
+    dtype=st.sampled_from(DTYPES),
+    input_dtype=st.sampled_from(DTYPES),
+    lora_dropout=st.sampled_from([0.0, 0.3]),
+    autocast=st.booleans(),
+)
+@settings(unhurried, max_examples=36)  # there are no more
 def test_forward_and_gradients_equal_bitsandbytes_with_peft(
-    dtype, input_dtype, lora_dropout, autocast
+    layer_class, dtype, input_dtype, lora_dropout, autocast
 ):
     """Equal to the bit, for the same operations run on the same numbers in the same order."""
     linear = make_linear(dtype=dtype)
-    layer = make_layer(linear, lora_dropout=lora_dropout, compute_dtype=dtype)
+    layer = make_layer(linear, layer_class, lora_dropout=lora_dropout, compute_dtype=dtype)
     twin = make_peft_twin(layer, linear, lora_dropout)
     y, grad_x = run(layer, input_dtype, autocast)
     peft_y, peft_grad_x = run(twin, input_dtype, autocast)
@@ -269,31 +283,36 @@ def test_forward_and_gradients_equal_bitsandbytes_with_peft(
         assert torch.equal(grad_x, peft_grad_x)
 
 
+@pytest.fixture
+def small_chunks():
+    token = CHUNK_SIZE.set(2**14)
+    yield
+    CHUNK_SIZE.reset(token)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("in_features", [2048, 2080, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_in_many_pieces_gives_the_product_of_the_whole(
-    monkeypatch, in_features, dtype, bias
-):
-    """Rows end at block ends, whatever the width; sums over pieces come in another order."""
-    monkeypatch.setattr(blockwise, "PIECE", 2**14)
+def test_a_weight_in_many_chunks_gives_the_product_of_the_whole(in_features, dtype, bias):
+    """Rows end at block ends, whatever the width; sums over chunks come in another order."""
     linear = nn.Linear(in_features, 301, bias=bias)
     quantized = quantize(linear.weight.detach())
-    pieces = list(quantized.row_pieces())
-    assert len(pieces) == 1 if in_features == 33 else len(pieces) > 5
+    assert (len(list(quantized.row_chunks())) == 1) == (in_features == 33)
     dense = quantized.dequantize(dtype)
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
     y, grad_x = run(lambda x: quantized_linear(x, quantized, bias), dtype, False, in_features)
     dense_y, dense_grad_x = run(lambda x: F.linear(x, dense, bias), dtype, False, in_features)
-    # A bfloat16 sum of up to ten pieces is rounded ten times, by 2^-9 of values near 1.
+    # A bfloat16 sum of up to ten chunks is rounded ten times, by 2^-9 of values near 1.
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}
     torch.testing.assert_close(y, dense_y, **close)
     torch.testing.assert_close(grad_x, dense_grad_x, **close)
 
 
-def test_never_is_the_whole_weight_unpacked():
+@BOTH
+def test_never_is_the_whole_weight_unpacked(layer_class):
     """A weight of 64 MiB in float32: what is alive at once beside the result is a sixteenth."""
-    layer = QLoRALinear.from_linear(nn.Linear(4096, 4096, bias=False), r=2, lora_alpha=4)
+    layer = layer_class(nn.Linear(4096, 4096, bias=False), r=2, lora_alpha=4)
     x = torch.randn(2, 4096, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         layer(x).sum().backward()
@@ -388,6 +407,13 @@ def _with_compute_dtype(layer: QLoRALinear, dtype: torch.dtype) -> QLoRALinear:
     return other
 
 
+def assert_consistent(layer: QLoRALinear) -> None:
+    """The weight's tensors are the layer's buffers, the very same ones."""
+    buffers = dict(layer.named_buffers())
+    assert buffers.keys() == layer.weight.tensors().keys()
+    assert all(buffers[name] is tensor for name, tensor in layer.weight.tensors().items())
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_casting_the_layer_leaves_the_packed_weight_alone(dtype, double_quant):
@@ -397,13 +423,15 @@ def test_casting_the_layer_leaves_the_packed_weight_alone(dtype, double_quant):
     assert layer.lora_A.dtype == layer.bias.dtype == dtype
     assert layer.weight.absmax.dtype == layer.weight.levels.dtype == torch.float32
     assert torch.equal(layer.weight.dequantize(), before)
+    assert_consistent(layer)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_every_tensor_moves_with_the_layer(double_quant):
     layer = make_layer(double_quant=double_quant).to("meta", torch.bfloat16)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
-    assert {t.device.type for t in take_apart(layer.weight)[0].values()} == {"meta"}
+    assert {t.device.type for t in layer.weight.tensors().values()} == {"meta"}
+    assert_consistent(layer)
     assert len(list(layer.buffers())) == (6 if double_quant else 3)
 
 
@@ -427,21 +455,21 @@ def test_only_the_adapter_is_trained():
 
 def test_a_new_layer_is_its_quantised_base():
     linear = make_linear()
-    layer = QLoRALinear.from_linear(linear, RANK, ALPHA)
+    layer = QLoRALinear(linear, RANK, ALPHA)
     x = torch.randn(3, IN)
     assert torch.equal(layer(x), F.linear(x, quantize(linear.weight).dequantize(), linear.bias))
     assert linear.weight.requires_grad and linear.bias.requires_grad  # left as it was
 
 
-def test_from_linear_passes_every_setting_on():
+def test_every_setting_is_passed_on():
     linear = nn.Linear(IN, OUT, bias=False)
-    layer = QLoRALinear.from_linear(
+    layer = QLoRALinear(
         linear,
         4,
         16,
         0.1,
-        torch.bfloat16,
         "gaussian",
+        compute_dtype=torch.bfloat16,
         levels="fp4",
         blocksize=128,
         double_quant=False,
@@ -483,7 +511,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant, lora_dropout):
 def test_reentrant_checkpointing_needs_an_input_that_requires_grad():
     """The frozen embedding's output does not, so no adapter would learn; the cure is one line.
 
-    It is the one that ``model.enable_input_require_grads()`` of transformers adds.
+    It is the one that `model.enable_input_require_grads()` of transformers adds.
     """
     model, x = two_layers(0.0), torch.randn(3, IN)
     model(x).sum().backward()
@@ -513,6 +541,7 @@ def test_state_dict_round_trip_into_a_layer_quantised_in_another_way(levels, dou
     assert {n: t.shape for n, t in other.state_dict().items()} == {
         n: t.shape for n, t in model.state_dict().items()
     }
+    assert_consistent(other[0])
     assert len(list(other.buffers())) == (6 if double_quant else 3)
 
 
@@ -591,7 +620,7 @@ def test_loading_another_rank_or_nan_is_refused_and_changes_nothing():
     layer, linear = make_layer(), make_linear(seed=9)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(LoRAError, match=r"lora_A has shape \(4, 64\).*r=8"):
-        layer.load_state_dict(QLoRALinear.from_linear(linear, 4, 8).state_dict())
+        layer.load_state_dict(QLoRALinear(linear, 4, 8).state_dict())
     broken = copy.deepcopy(make_layer(linear).state_dict())
     broken["lora_B"][0, 0] = math.nan
     with pytest.raises(LoRAError, match="lora_B .* NaN"):
@@ -609,15 +638,8 @@ def test_a_deep_copy_is_independent():
     layer = make_layer()
     other = copy.deepcopy(layer)
     layer.packed.zero_()
-    assert other.packed.any() and other.weight.packed is other.packed
-
-
-def test_take_apart_and_put_together_copy_nothing():
-    for double_quant in (True, False):
-        quantized = quantize(torch.randn(4, 64), double_quant=double_quant)
-        again = put_together(*take_apart(quantized))
-        assert again.packed is quantized.packed
-        assert torch.equal(again.dequantize(), quantized.dequantize())
+    assert other.packed.any()
+    assert_consistent(other)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +652,7 @@ def test_take_apart_and_put_together_copy_nothing():
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(LoRAError, match=message):
-        QLoRALinear.from_linear(make_linear(), **({"r": 4, "lora_alpha": 8} | settings))
+        QLoRALinear(make_linear(), **({"r": 4, "lora_alpha": 8} | settings))
 
 
 def test_a_bad_compute_dtype_is_refused():
@@ -641,18 +663,38 @@ def test_a_bad_compute_dtype_is_refused():
 @pytest.mark.parametrize("weight", [torch.randn(4, 64), quantize(torch.randn(64)), None])
 def test_a_weight_that_is_not_a_quantised_matrix_is_refused(weight):
     with pytest.raises(LoRAError, match="QuantizedTensor of shape"):
-        QLoRALinear(weight, None, 4, 8)
+        QLoRALinear(weight, 4, 8)
 
 
 def test_a_bias_that_does_not_fit_is_refused():
     with pytest.raises(LoRAError, match=r"bias must have shape \(4,\), not \(5,\)"):
-        QLoRALinear(quantize(torch.randn(4, 64)), torch.zeros(5), 4, 8)
+        QLoRALinear(quantize(torch.randn(4, 64)), 4, 8, bias=torch.zeros(5))
+    with pytest.raises(LoRAError, match="brings its own bias"):
+        QLoRALinear(make_linear(), 4, 8, bias=torch.zeros(OUT))
+
+
+def test_settings_of_a_quantisation_that_is_done_are_refused():
+    with pytest.raises(LoRAError, match=r"quantised already.*\['blocksize'\]"):
+        QLoRALinear(quantize(torch.randn(4, 64)), 4, 8, blocksize=128)
+
+
+def test_a_linear_layer_and_its_weight_quantised_before_make_the_same_layer():
+    linear = make_linear()
+    settings = {"levels": "fp4", "blocksize": 128, "double_quant": False}
+    weight = quantize(linear.weight.detach(), **settings)
+    both = make_layer(linear, **settings), QLoRALinear(weight, RANK, ALPHA, bias=linear.bias)
+    both[1].load_state_dict(
+        {n: both[0].state_dict()[n] for n in ("lora_A", "lora_B")}, strict=False
+    )
+    x = torch.randn(3, IN)
+    assert torch.equal(both[0](x), both[1](x))
+    assert both[1].weight is weight
 
 
 def test_what_is_not_a_plain_linear_is_refused():
     for linear in (nn.Embedding(4, 4), bitsandbytes.nn.Linear4bit(64, 64), make_layer()):
         with pytest.raises(LoRAError, match=type(linear).__name__):
-            QLoRALinear.from_linear(linear, 4, 8)
+            QLoRALinear(linear, 4, 8)
 
 
 def test_a_weight_with_nan_is_refused():
@@ -660,7 +702,7 @@ def test_a_weight_with_nan_is_refused():
     with torch.no_grad():
         linear.weight[0, 0] = math.nan
     with pytest.raises(QuantizationError, match="non-finite"):
-        QLoRALinear.from_linear(linear, 4, 8)
+        QLoRALinear(linear, 4, 8)
 
 
 def test_an_input_that_does_not_fit_is_refused():
@@ -677,7 +719,7 @@ def layer_to_merge() -> tuple[QLoRALinear, Tensor, Tensor]:
     """A layer whose adapter is trained, the weight from before quantisation, and ΔW."""
     torch.manual_seed(0)
     linear = nn.Linear(256, 128, bias=False)
-    layer = QLoRALinear.from_linear(linear, r=4, lora_alpha=8)
+    layer = QLoRALinear(linear, r=4, lora_alpha=8)
     nn.init.normal_(layer.lora_B, std=0.02)
     return layer, linear.weight.detach(), layer.delta_weight().detach()
 
@@ -745,7 +787,44 @@ def test_a_merge_that_cannot_work_is_refused(arguments, says):
 
 def test_merging_keeps_the_settings_of_the_quantisation():
     linear = nn.Linear(256, 64)
-    layer = QLoRALinear.from_linear(linear, 2, 4, levels="fp4", blocksize=128, double_quant=False)
+    layer = QLoRALinear(linear, 2, 4, levels="fp4", blocksize=128, double_quant=False)
     again = quantize(layer.weight.dequantize(), "fp4", 128, False).dequantize()
     merged = merge_weight(layer.weight, torch.zeros(64, 256), "4-bit")
-    assert torch.equal(merged, again) and MERGES[0] == "4-bit"
+    assert torch.equal(merged, again) and MERGE_TARGETS[0] == "4-bit"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merged_layer_is_a_plain_linear_layer_in_the_dtype_asked_for(dtype, bias):
+    layer = make_layer(nn.Linear(IN, OUT, bias=bias))
+    before = copy.deepcopy(layer.state_dict())
+    merged = layer.merge(dtype)
+    assert type(merged) is nn.Linear and merged.weight.dtype == dtype
+    assert {name for name, _ in merged.named_parameters()} == (
+        {"weight", "bias"} if bias else {"weight"}
+    )
+    delta = layer.delta_weight().detach()
+    assert torch.equal(merged.weight, merge_weight(layer.weight, delta, "dequantized", dtype=dtype))
+    x = torch.randn(5, IN).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05  # weights of 0.3, rounded to 8 bits
+    torch.testing.assert_close(merged(x), layer(x), rtol=0, atol=tolerance)
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_merging_what_is_not_finite_is_refused():
+    layer = make_layer()
+    with torch.no_grad():
+        layer.lora_B[0, 0] = math.inf
+    with pytest.raises(LoRAError, match="NaN or infinity"):
+        layer.merge()
+    assert make_layer().merge().weight.dtype == torch.bfloat16
+
+
+def test_the_class_of_the_layers_is_chosen():
+    for layer_class in (QLoRALinear, FusedQLoRALinear):
+        model = nn.Sequential(nn.Linear(64, 64))
+        replace_linear_layers(model, 4, 8, target_modules="0", layer_class=layer_class)
+        assert type(model[0]) is layer_class

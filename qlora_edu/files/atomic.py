@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,25 +9,84 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside the one wanted, which becomes it in one move when all is on the disk."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+def folder(path: Path | str) -> Iterator[Path]:
+    """Make a folder beside the one wanted, which becomes it in one move when all is on the disk.
+
+    Args:
+        path: of the folder wanted, which is not there yet.
+
+    Yields:
+        The folder to write into. If the block raises, or the process is killed, `path` is absent.
+    """
+    path = Path(path)
+    part = _part_of(path)
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had this number
     part.mkdir(parents=True)
     try:
         yield part
-        for path in (*part.rglob("*"), part):
-            _flush(path)
-        os.rename(part, folder)
-        _flush(folder.parent)
+        for inside in (*part.rglob("*"), part):
+            _flush(inside)
+        os.rename(part, path)
+        _flush(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def file(path: Path | str) -> Iterator[Path]:
+    """Name a file beside the one wanted, which replaces it in one move when all is on the disk.
+
+    Args:
+        path: of the file wanted. If it is there, it stays as it is until the move.
+
+    Yields:
+        The file to write.
+    """
+    path = Path(path)
+    part = _part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, in UTF-8 with plain line ends, whole or not at all.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as place:
+    ...     write_text(f"{place}/greeting.txt", "hello\\n")
+    ...     Path(place, "greeting.txt").read_text()
+    'hello\\n'
+    """
+    with file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part-{os.getpid()}")
+
+
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk and not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that is open for reading
+    except OSError:  # a folder, or a file that may only be read
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:  # Windows opens no folder, and needs none to be flushed
+            return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # "not for this kind of descriptor"
+            raise
     finally:
         os.close(descriptor)
+
+
+whole_or_absent = folder

@@ -17,10 +17,11 @@ from qlora_edu.adapters import (
     add_lora,
     load_adapters,
     lora_layers,
-    remove_lora,
+    refuse_adapters,
+    remove_adapters,
 )
 from qlora_edu.errors import LoRAError
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import atomic
 
 # Fields of PEFT's LoraConfig that say nothing about the product, or only how training began.
 _HARMLESS = {
@@ -36,14 +37,16 @@ class AdapterFileError(LoRAError):
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
-    """Write the adapter of ``model`` as a folder that ``PeftModel.from_pretrained`` reads.
+    """Write the adapter of `model` as a folder that `PeftModel.from_pretrained` reads.
 
-    ``base_model`` is the name or path of the base, for whoever loads it. The folder is written
-    whole or not at all.
+    Args:
+        model: has adapted layers of one rank, alpha and dropout.
+        folder: is written whole or not at all.
+        base_model: the name or path of the base, for whoever loads it.
 
     Raises:
-        LoRAError: if there is no adapter, or its layers differ in rank, alpha or dropout.
-        FileExistsError: if the folder is there already.
+        LoRAError: there is no adapter, or its layers differ in rank, alpha or dropout.
+        FileExistsError: the folder is there already.
     """
     from safetensors.torch import save_file
 
@@ -68,7 +71,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
         "target_modules": sorted(layers),
         "bias": "none" if not biases else "lora_only" if in_layers else "all",
     }
-    with whole_or_absent(folder) as part:
+    with atomic.folder(folder) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -76,15 +79,21 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
 def load_adapter(
     model: nn.Module, folder: str | Path, *, allow_untrained: bool = False
 ) -> dict[str, Any]:
-    """Load a folder that ``save_adapter`` or PEFT has written; returns its ``adapter_config.json``.
+    """Load a folder that `save_adapter` or PEFT has written.
 
-    A model without adapted layers gets the ones that the file has tensors for. Layers that are
-    there already, a ``QLoRALinear`` for example, must agree in rank and alpha.
+    Args:
+        model: gets the layers that the file has tensors for. Adapted layers that are there already,
+            a `QLoRALinear` for example, must agree in rank and alpha.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        allow_untrained: as for `load_adapters`.
+
+    Returns:
+        The contents of `adapter_config.json`.
 
     Raises:
-        AdapterFileError: if a file is missing or unreadable, or the adapter is of a kind (DoRA,
+        AdapterFileError: a file is missing or unreadable, or the adapter is of a kind (DoRA,
             rsLoRA, ranks that vary, whole modules saved) that these layers cannot hold.
-        LoRAError: in the kinds of ``load_adapters``; the model is then as it was.
+        LoRAError: in the kinds of `load_adapters`; the model is then as it was.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,7 +103,7 @@ def load_adapter(
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
         r, lora_alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
     _refuse_other_kinds(config)
     if not tensors:
@@ -114,6 +123,7 @@ def load_adapter(
     if layers:
         load_adapters(model, tensors, allow_untrained=allow_untrained)
         return config
+    refuse_adapters(model)
     linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     suffix = ".lora_A.weight"
@@ -139,7 +149,7 @@ def load_adapter(
         )
         load_adapters(model, tensors, allow_untrained=allow_untrained)
     except Exception:
-        remove_lora(model)
+        remove_adapters(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
         raise

@@ -36,7 +36,7 @@ from qlora_edu.double_quant import NESTED_BLOCKSIZE, QuantizedAbsmax
 from qlora_edu.errors import LoRAError, PlanError
 from qlora_edu.kernels import CHUNK_SIZE
 from qlora_edu.planner.trace import StepTrace, find_blocks, trace_run, weigh
-from qlora_edu.qlora import QLoRALinear
+from qlora_edu.qlora import FusedQLoRALinear
 from qlora_edu.quantized import QuantizedTensor, quantize
 
 BLOCKS = 3
@@ -173,7 +173,7 @@ def _our_layer(
 ) -> nn.Module:
     quantise = pretend_to_quantize if fake else quantize
     packed = quantise(weight, settings.quant_type, settings.blocksize, settings.double_quant)
-    return QLoRALinear(packed, linear.bias, settings.r, lora_alpha, settings.lora_dropout)
+    return FusedQLoRALinear(packed, settings.r, lora_alpha, settings.lora_dropout, bias=linear.bias)
 
 
 def _their_layer(

@@ -20,7 +20,7 @@ from qlora_edu.compat import quiet
 from qlora_edu.errors import LoRAError, UnknownAdapterError
 from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.production.loading import attach_adapter
-from qlora_edu.qlora import MERGES, merge_weight
+from qlora_edu.qlora import MERGE_TARGETS, merge_weight
 from qlora_edu.quantized import QuantizedTensor
 
 BASE = "base"
@@ -43,8 +43,8 @@ def merged_tensors(
         LoRAError: if the adapter is more than LoRA on linear layers, if nothing is adapted, or if
             the merged weights would not be finite.
     """
-    if into not in MERGES:
-        raise LoRAError(f"into must be one of {MERGES}, not {into!r}")
+    if into not in MERGE_TARGETS:
+        raise LoRAError(f"into must be one of {MERGE_TARGETS}, not {into!r}")
     config = model.peft_config[model.active_adapter]
     for field in ("modules_to_save", "use_dora", "trainable_token_indices"):
         if getattr(config, field, None):

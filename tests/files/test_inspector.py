@@ -1,7 +1,6 @@
 """Chapter 2: one weight is found in its byte, in memory and on disk; and what blocks cost."""
 
 import json
-import math
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -10,13 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_edu import quantize
-from qlora_edu.blockwise import DTYPES
-from qlora_edu.codebooks import LEVELS, affine_int4, get_levels
-from qlora_edu.course import explorers
-from qlora_edu.course.explorers import chapter_02
+from qlora_edu.blockwise import DTYPES, dequantize_blockwise, quantize_blockwise, read_back
+from qlora_edu.codebooks import LEVELS, get_levels
 from qlora_edu.errors import QuantizationError
 from qlora_edu.files.inspector import InspectionError, inspect_file, inspect_weight
-from qlora_edu.kernels import dequantize_blockwise, quantize_blockwise, read_back
 
 
 def random(*shape, seed=0):
@@ -180,100 +176,6 @@ def test_a_file_without_its_constants_says_which_are_missing(linear4bit, tmp_pat
     save_file(state, path)
     with pytest.raises(InspectionError, match=r"no tensor 'up\.weight\.absmax'"):
         inspect_file(path, "up.weight", (0, 0))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (5, 7), (2, 64)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_read_back_keeps_shape_and_dtype(shape, dtype):
-    weight, levels = random(*shape).to(dtype), get_levels("int4")
-    packed, absmax = quantize_blockwise(weight, levels, 32)
-    back = read_back(weight, levels, 32)
-    assert back.shape == shape and back.dtype == dtype
-    assert torch.equal(back, dequantize_blockwise(packed, absmax, levels, 32, shape, dtype))
-
-
-# From the tests of bitsandbytes, N(0, 1), 1024 × 1024. They allow their mean plus 7 standard
-# deviations of it between tensors. Blocks of one tensor are independent, so the spread of the
-# blocks' own means gives that deviation without drawing more tensors.
-PUBLISHED = {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 4096: 0.092547}
-
-
-@pytest.mark.parametrize("blocksize", PUBLISHED)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_published_mean_error_is_within_seven_standard_errors(blocksize, seed):
-    weight = random(1024, 1024, seed=seed)
-    error = (read_back(weight, get_levels("nf4"), blocksize) - weight).abs()
-    of_blocks = error.view(-1, blocksize).mean(dim=1)
-    standard_error = of_blocks.std().item() / math.sqrt(len(of_blocks))
-    assert standard_error < 0.0005
-    assert abs(error.mean().item() - PUBLISHED[blocksize]) < 7 * standard_error
-
-
-def test_the_published_relative_error_at_64_is_within_seven_standard_errors():
-    weight = random(1024, 1024)
-    error = (read_back(weight, get_levels("nf4"), 64) - weight).abs()
-    relative = error / (weight.abs() + 1e-8)
-    standard_error = relative.view(-1, 64).mean(dim=1).std().item() / math.sqrt(2**20 / 64)
-    assert abs(relative.mean().item() - 0.203339) < 7 * standard_error
-
-
-def test_the_standard_error_from_blocks_is_the_one_between_tensors():
-    means, predicted = [], []
-    for seed in range(40):
-        weight = random(2**16, seed=seed)
-        of_blocks = (read_back(weight, get_levels("nf4"), 64) - weight).abs().view(-1, 64).mean(1)
-        means.append(of_blocks.mean().item())
-        predicted.append(of_blocks.std().item() / math.sqrt(len(of_blocks)))
-    measured = torch.tensor(means).std().item()
-    # Forty draws know a deviation to 1 / sqrt(2 · 39), 11 %; this allows four of these.
-    assert measured == pytest.approx(sum(predicted) / 40, rel=0.45)
-
-
-def test_affine_int4_errs_by_half_a_step_and_knows_no_exact_zero():
-    weight = random(64, 64)
-    blocks = weight.view(-1, 32)
-    step = (blocks.amax(dim=1) - blocks.amin(dim=1)) / 15
-    error = (affine_int4(weight, 32) - weight).view(-1, 32).abs().amax(dim=1)
-    # Half a step, and what rounding the two constants to 16 bits adds.
-    assert (error < 0.51 * step + 0.003).all()
-    assert affine_int4(torch.tensor([-1.0, 0.0, 0.0, 2.0]), 4)[1] != 0
-    assert affine_int4(torch.full((4,), 0.5), 4).isnan().all(), "a constant block is 0 / 0"
-
-
-@pytest.mark.parametrize("format", chapter_02.FORMATS)
-def test_an_outlier_hurts_its_block_and_no_other(format):
-    healthy, hurt = (chapter_02.matrix_with_outlier(s) for s in (1, 1000))
-    changed = chapter_02.read_back_as(hurt, 64, format) != chapter_02.read_back_as(
-        healthy, 64, format
-    )
-    rows = changed.any(dim=1).nonzero().flatten().tolist()
-    assert rows == [chapter_02.OUTLIER[0]], "a row of 64 is a block"
-
-
-def test_a_wrong_parameter_of_the_explorer_is_refused():
-    with pytest.raises(KeyError):
-        explorers.render_outlier_map(format="INT3")
-    with pytest.raises(QuantizationError, match="blocksize"):
-        explorers.render_outlier_map(blocksize=48)
-
-
-def test_the_drawing_of_blocks_shows_the_bytes_that_are_packed():
-    import matplotlib.pyplot as plt
-
-    weight = random(2, 6)
-    figure = explorers.draw_blocks_and_bytes(weight, get_levels("nf4"), 4)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    # Blocks of 4 are too small for the quantiser; so each is quantised as a tensor of its own.
-    parts = weight.view(-1, 4)
-    packed = torch.cat([quantize_blockwise(part, get_levels("nf4"), 64)[0] for part in parts])
-    expected = [f"0x{value:02X}" for value in packed.flatten().tolist()]
-    assert [text for text in texts if text.startswith("0x")] == expected
-    assert sum(text.startswith("block ") for text in texts) == 3
-    figure.canvas.draw()
-    for text in figure.axes[0].texts:
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
-    plt.close(figure)
 
 
 def test_the_header_of_a_file_says_where_the_bytes_are(linear4bit):

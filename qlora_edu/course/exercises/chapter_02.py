@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_edu.blockwise import BLOCKSIZES, pack_nibbles, unpack_nibbles
+from qlora_edu.blockwise import BLOCKSIZES, pack_nibbles, read_back, unpack_nibbles
 from qlora_edu.codebooks import get_levels, nf4_levels
 from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
-from qlora_edu.kernels import read_back
 
 
 def bits_a_weight(code_bits: int, blocksize: int, constant_bits: int) -> float:

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from qlora_edu.blockwise import BLOCKSIZES, block_absmax, pack_nibbles, split_blocks
+from qlora_edu.blockwise import BLOCKSIZES, block_absmax, pack_nibbles, read_back, split_blocks
 from qlora_edu.codebooks import affine_int4, assign, get_levels
 from qlora_edu.course.explorers.core import Explorer
 from qlora_edu.course.plots import PALE_BLUE, PALE_GREY, PALETTE, figure_png
-from qlora_edu.kernels import read_back
+from qlora_edu.quantized import check_blocksize
 
 SIDE = 64  # the largest block, 4096, is then the whole matrix
 OUTLIER = (27, 21)  # row and column
@@ -54,10 +54,12 @@ def read_back_as(weight: Tensor, blocksize: int, format: str) -> Tensor:
 
     Raises:
         KeyError: for a format that is not in `FORMATS`.
+        BlocksizeError: `blocksize` is not one of `BLOCKSIZES`.
 
     >>> read_back_as(torch.eye(8), 64, "INT4").equal(torch.eye(8))
     True
     """
+    check_blocksize(blocksize)
     table = FORMATS[format]
     if table is None:
         return affine_int4(weight, blocksize)

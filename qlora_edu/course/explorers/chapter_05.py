@@ -10,13 +10,13 @@ from torch import Tensor
 from qlora_edu.blockwise import BLOCKSIZES
 from qlora_edu.course.explorers.core import Explorer
 from qlora_edu.course.plots import PALETTE, figure_png, label_line
-from qlora_edu.qlora import MERGES, merge_weight, surviving_share
+from qlora_edu.qlora import MERGE_TARGETS, merge_weight, surviving_share
 from qlora_edu.quantized import QuantizedTensor, quantize
 
 SIDE = 256
 UPDATE_SIZES = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANKS = (1, 4, 16, 64, 256)
-MERGE_NAMES = dict(zip(MERGES, ("4 bits", "dequantised", "original"), strict=True))
+MERGE_NAMES = dict(zip(MERGE_TARGETS, ("4 bits", "dequantised", "original"), strict=True))
 MERGE_COLORS = {
     "4-bit": PALETTE["quantized"],
     "dequantized": PALETTE["highlight"],
@@ -46,7 +46,7 @@ def merge_outcome(into: str, size: float, r: int = 16, blocksize: int = 64) -> t
     """Merge an update into a normal weight of standard deviation 1, and see what has become of it.
 
     Args:
-        into: one of `MERGES`.
+        into: one of `MERGE_TARGETS`.
         size: root mean square of the update.
         r: rank of the update.
         blocksize: of the quantised weight, one of `BLOCKSIZES`.
@@ -78,10 +78,10 @@ def render_merge_survival(size: float = 0.03, r: int = 16, blocksize: int = 64) 
     b'\\x89PNG'
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(2, 3))
-    outcomes = {into: merge_outcome(into, size, r, blocksize) for into in MERGES}
+    outcomes = {into: merge_outcome(into, size, r, blocksize) for into in MERGE_TARGETS}
     shares = [100 * share for share, _ in outcomes.values()]
-    colors = [MERGE_COLORS[into] for into in MERGES]
-    bars = left.bar([MERGE_NAMES[into] for into in MERGES], shares, color=colors, width=0.62)
+    colors = [MERGE_COLORS[into] for into in MERGE_TARGETS]
+    bars = left.bar([MERGE_NAMES[into] for into in MERGE_TARGETS], shares, color=colors, width=0.62)
     left.bar_label(
         bars,
         [f"{share:.3g} %\noff by {100 * off:.2g} %" for share, (_, off) in
