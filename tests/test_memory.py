@@ -92,6 +92,15 @@ def test_llama_7b_weighs_what_arithmetic_says():
     assert held["adapters"] == 4 * 159_907_840
 
 
+def test_bitsandbytes_quantises_every_linear_layer_whatever_is_adapted():
+    chosen = {"backend": "bitsandbytes", "r": 8}
+    every = plan_memory("llama-7b", **chosen).held
+    two = plan_memory("llama-7b", target_modules=["q_proj", "v_proj"], **chosen).held
+    for row in ("quantised weights", "quantisation constants", "embeddings and head"):
+        assert two[row] == every[row] and "linear weights" not in two
+    assert two["adapters"] == 4 * 32 * 2 * 8 * (4096 + 4096) < every["adapters"]
+
+
 @pytest.mark.parametrize("size", LLAMA_SHAPES)
 def test_llama_parameters_are_those_of_the_planned_model(size):
     rows = plan_memory(f"llama-{size}", "full").trace.weights

@@ -10,7 +10,7 @@ alike, and three lengths, since the size of every tensor in it is
 import copy
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,8 +122,8 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     config = copy.deepcopy(config)
     config.use_cache = False
     model = causal_model(config, settings.dtype)
-    quantize_layers(model, settings, fake=fake)
-    return add_adapters(model, settings, fake=fake)
+    adapted = quantize_layers(model, settings, fake=fake)
+    return add_adapters(model, settings, adapted, fake=fake)
 
 
 def causal_model(config: Any, dtype: str) -> nn.Module:
@@ -149,16 +149,22 @@ def quantize_layers(
     make_weight: Callable[[str, nn.Linear], Tensor] | None = None,
     lora_alpha: float = 16.0,
     fake: bool = False,
-) -> None:
+) -> list[str]:
     """For QLoRA, put 4-bit layers in the place of the linear ones, one after the other.
+
+    Ours are those with an adapter; bitsandbytes quantises every linear layer but the head.
 
     Args:
         make_weight: makes the weight of a layer from its name and itself; by default it is its own.
+
+    Returns:
+        The names of the layers that get an adapter.
     """
     if settings.method != "qlora":
-        return
+        return []
     try:
-        names = find_linear_layers(model, settings.target_modules)
+        adapted = find_linear_layers(model, settings.target_modules)
+        names = find_linear_layers(model) if settings.backend == "bitsandbytes" else adapted
     except LoRAError as error:
         raise PlanError(f"method 'qlora' does not fit this model: {error}") from error
     layer_of = {"qlora_edu": _our_layer, "bitsandbytes": _their_layer}[settings.backend]
@@ -166,6 +172,7 @@ def quantize_layers(
         linear = model.get_submodule(name)
         weight = (linear.weight if make_weight is None else make_weight(name, linear)).detach()
         replace_module(model, name, layer_of(linear, weight, settings, lora_alpha, fake))
+    return adapted
 
 
 def _our_layer(
@@ -214,9 +221,17 @@ def pretend_to_quantize(
 
 
 def add_adapters(
-    model: nn.Module, settings: StepSettings, *, lora_alpha: float = 16.0, fake: bool = False
+    model: nn.Module,
+    settings: StepSettings,
+    adapted: Sequence[str],
+    *,
+    lora_alpha: float = 16.0,
+    fake: bool = False,
 ) -> nn.Module:
     """Freeze what the method freezes, add what it trains, in `adapter_dtype`; returns the model.
+
+    Args:
+        adapted: what `quantize_layers` returned.
 
     Raises:
         PlanError: no layer fits the method.
@@ -228,7 +243,7 @@ def add_adapters(
         elif settings.method == "lora":
             add_lora(model, settings.r, lora_alpha, **lora)
         elif settings.method == "qlora" and settings.backend == "bitsandbytes":
-            _add_their_adapters(model, settings, lora_alpha, fake)
+            _add_their_adapters(model, settings, adapted, lora_alpha, fake)
         elif settings.method == "qlora":  # they came with the layers
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
@@ -244,9 +259,8 @@ def add_adapters(
 
 
 def _add_their_adapters(
-    model: nn.Module, settings: StepSettings, lora_alpha: float, fake: bool
+    model: nn.Module, settings: StepSettings, adapted: Sequence[str], lora_alpha: float, fake: bool
 ) -> None:
-    from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
@@ -255,7 +269,7 @@ def _add_their_adapters(
         r=settings.r,
         lora_alpha=lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=[n for n, part in model.named_modules() if isinstance(part, Linear4bit)],
+        target_modules=list(adapted),
     )
     with quiet():
         if not fake:

@@ -207,8 +207,10 @@ def weigh(
                 row = "quantised weights" if name == "packed" else "quantisation constants"
             elif getattr(tensor, "quant_state", None) is not None:
                 row = "quantised weights"
-            else:
-                row = "linear weights" if isinstance(part, nn.Linear) else "norms and the rest"
+            else:  # experts are one parameter with three dimensions, and no nn.Linear
+                matrix = isinstance(tensor, nn.Parameter) and tensor.dim() > 1
+                linear = matrix or isinstance(part, nn.Linear)
+                row = "linear weights" if linear else "norms and the rest"
             constants = [(constant, "quantisation constants") for constant in _constants(tensor)]
             for kept, kind in [(tensor, row), *constants]:
                 if _address(kept) not in seen:

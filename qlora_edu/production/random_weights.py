@@ -127,7 +127,7 @@ def build_random(
     def make_weight(name: str, linear: nn.Linear) -> Tensor:
         return random_tensor(f"{name}.weight", linear.weight.shape, dtype, device, seed)
 
-    quantize_layers(built, settings, make_weight=make_weight, lora_alpha=lora_alpha)
+    adapted = quantize_layers(built, settings, make_weight=make_weight, lora_alpha=lora_alpha)
     for name, parameter in list(built.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -135,7 +135,7 @@ def build_random(
             setattr(built.get_submodule(owner), leaf, nn.Parameter(value))
     built.tie_weights()
     built.to(device)  # the buffers: the table of rotary angles
-    return add_adapters(built, settings, lora_alpha=lora_alpha)
+    return add_adapters(built, settings, adapted, lora_alpha=lora_alpha)
 
 
 def _skeleton(model: Any, dtype: str) -> nn.Module:

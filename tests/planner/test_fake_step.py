@@ -25,6 +25,7 @@ from qlora_edu.quantized import quantize
     "chosen",
     [
         {"backend": "bitsandbytes"},
+        {"backend": "bitsandbytes", "target_modules": ("q_proj", "v_proj")},
         {"padding": True},
         {"lora_dropout": 0.1},
         {"dtype": "bfloat16"},

@@ -76,6 +76,13 @@ def test_weigh_knows_the_4_bit_weights_of_both_backends(backend):
     assert len(find_blocks(model)) == 5
 
 
+def test_weigh_takes_experts_for_the_linear_weights_they_are():
+    config = make_config(model_type="mixtral", num_local_experts=4)
+    rows = weigh(AutoModelForCausalLM.from_config(config))
+    experts = 5 * 4 * 3 * 128 * 320 * 4  # in float32
+    assert rows["linear weights"] > experts and rows["norms and the rest"] < 0.01 * experts
+
+
 def test_find_blocks_refuses_a_model_without_a_list_of_them():
     model = AutoModelForCausalLM.from_config(make_config())
     model.config.num_hidden_layers = 4
