@@ -382,7 +382,7 @@ def adapters_of_7b(small: bool, device: str) -> list[nn.Parameter]:
     """float32 tensors as large as the adapters of a 7B with r = 64, and their gradients."""
     sizes = [2**14, 2**15, 100_000]
     if not small:
-        sizes = [n for n, _ in plan_memory("llama-7b", "qlora", r=64).rehearsal.trained]
+        sizes = [n for n, _ in plan_memory("llama-7b", "qlora", r=64).trace.trained]
     generator = torch.Generator(device).manual_seed(0)
     found = []
     for n in sizes:

@@ -1,14 +1,14 @@
 """Hold the memory planner's predictions against what real steps need, and store both.
 
-``python benchmarks/memory.py`` (4 minutes on two cores, 4 GB) writes data/results/memory.json:
+`python benchmarks/memory.py` (4 minutes on two cores, 4 GB) writes data/results/memory.json:
 
-- ``rows``: small models of several architectures, trained for two steps on the CPU. ``measured`` is
+- `rows`: small models of several architectures, trained for two steps on the CPU. `measured` is
   the most that PyTorch's allocator had handed out during the second one, the model's own tensors
-  and the optimizer's included. Those marked ``held_out`` were drawn at random (seed 0), and nothing
+  and the optimizer's included. Those marked `held_out` were drawn at random (seed 0), and nothing
   in the planner was changed after they were first seen.
-- ``big``: the real shapes from 7B to 70B, forward and backward without memory, every block of them
-  heard; the planner has three blocks to go by. PyTorch's own ``MemTracker``, which takes no frozen
-  parameters, listens to the full fine-tunes as well.
+- `big`: the real shapes from 7B to 70B, forward and backward without memory, every block of them
+  traced; the planner has three blocks to go by. PyTorch's own `MemTracker`, which takes no frozen
+  parameters, traces the full fine-tunes as well.
 """
 
 import gc
@@ -25,15 +25,8 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from qlora_edu.memory import plan_memory
-from qlora_edu.planner.fake_step import (
-    Allocations,
-    build_model,
-    kept_tensors,
-    training_loss,
-    weigh,
-    without_memory,
-)
-from qlora_edu.planner.trace import trace_memory
+from qlora_edu.planner.fake_step import build_model, training_loss, without_memory
+from qlora_edu.planner.trace import Allocations, kept_tensors, trace_memory, weigh
 
 LLAMA = {
     "hidden_size": 256,
@@ -178,17 +171,17 @@ def small(case: tuple[str, dict, str, int, int, dict], held_out: bool) -> dict:
 
 
 def big(name: str, method: str, batch: int, length: int, **settings: Any) -> dict:
-    """One row: forward and backward of the whole model without memory, and every block heard."""
+    """One row: forward and backward of the whole model without memory, and every block traced."""
     plan = plan_memory(name, method, batch_size=batch, max_length=length, optim="sgd", **settings)
     started = time.perf_counter()
     with without_memory(plan.settings):
         model = build_model(plan.config, plan.settings, fake=True)
         ids = torch.zeros(batch, length, dtype=torch.long)
-        heard = Allocations()
-        heard.ignore([ids, *kept_tensors(model)])
-        with heard:
+        allocations = Allocations()
+        allocations.ignore([ids, *kept_tensors(model)])
+        with allocations:
             training_loss(model, ids, plan.settings).backward()
-        peak = sum(weigh(model).values()) + max(accumulate(heard.changes))
+        peak = sum(weigh(model).values()) + max(accumulate(allocations.changes))
         by_mem_tracker = None
         if method == "full":
             model.zero_grad()
@@ -211,7 +204,7 @@ def big(name: str, method: str, batch: int, length: int, **settings: Any) -> dic
         "length": length,
         "settings": settings,
         "predicted_bytes": plan.peak_bytes,
-        "heard_bytes": peak,
+        "traced_bytes": peak,
         "error": error,
         "mem_tracker_bytes": by_mem_tracker,
     }

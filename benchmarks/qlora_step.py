@@ -15,11 +15,10 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from qlora_edu.adapters import load_adapters
-from qlora_edu.compat import forbid_cpu_repacking, quiet
-from qlora_edu.qlora import FusedQLoRALinear, replace_linear_layers
+from qlora_edu.planner.fake_step import StepSettings, add_adapters, quantize_layers
+from qlora_edu.planner.trace import trace_memory
 
 LENGTH, RANK, SECONDS, LEAST = 128, 16, 10.0, 9
 SIZES = [*((width, rows) for width in (256, 512) for rows in (16, 32, 64)), (1024, 16), (1024, 32)]
@@ -28,8 +27,7 @@ SMALL = [(256, 1), (512, 1), (1024, 1)]  # where unpacking W takes a larger part
 
 def make_models(width: int) -> tuple[nn.Module, nn.Module]:
     """The same random Llama, in 4 bits and with the same adapters, of ours and of the peers'."""
-    from bitsandbytes.nn import Linear4bit
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -37,23 +35,13 @@ def make_models(width: int) -> tuple[nn.Module, nn.Module]:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     ours = LlamaForCausalLM(LlamaConfig(vocab_size=768, tie_word_embeddings=True, **shape, **heads))
     theirs = copy.deepcopy(ours)
-    replace_linear_layers(ours, r=RANK, lora_alpha=2 * RANK, layer_class=FusedQLoRALinear)
-    for name, linear in list(theirs.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
-            layer = Linear4bit(
-                linear.in_features, linear.out_features, bias=False, quant_type="nf4"
-            )
-            layer.load_state_dict(linear.state_dict())
-            parent, _, child = name.rpartition(".")
-            setattr(theirs.get_submodule(parent), child, layer.to("cpu"))
-    theirs.is_loaded_in_4bit = True
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with quiet():
-        theirs = get_peft_model(theirs, config)
-    forbid_cpu_repacking(theirs)
-    load_adapters(ours, get_peft_model_state_dict(theirs), allow_untrained=True)
+    settings = {"r": RANK, "dtype": "float32", "gradient_checkpointing": False}
+    for model, backend in ((ours, "qlora_edu"), (theirs, "bitsandbytes")):
+        step = StepSettings(backend=backend, **settings)
+        adapted = quantize_layers(model, step, lora_alpha=2 * RANK)
+        add_adapters(model, step, adapted, lora_alpha=2 * RANK)
+    adapters = {f"base_model.model.{k}": v for k, v in get_peft_model_state_dict(theirs).items()}
+    load_adapters(ours, adapters, allow_untrained=True)
     return ours, theirs
 
 
@@ -71,19 +59,6 @@ def stepper(model: nn.Module, ids: Tensor) -> Callable[[], float]:
         return loss.item()
 
     return step
-
-
-def peak_bytes(step: Callable[[], float]) -> int:
-    """The most that the allocator had handed out at once during a step, above the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
 
 
 def measure_size(width: int, rows: int) -> list[dict]:
@@ -104,7 +79,7 @@ def measure_size(width: int, rows: int) -> list[dict]:
     kind, peer = "small step" if rows == 1 else "step", "bitsandbytes + PEFT"
     name = f"qlora {kind} width {width} batch {rows}x{LENGTH}"
     ours_s, peer_s = (median(of_step) for of_step in times)
-    ours_bytes, peer_bytes = (peak_bytes(step) for step in steps)
+    ours_bytes, peer_bytes = (trace_memory(step).peak for step in steps)
     result = [
         {"name": f"{name} time", "ours_s": ours_s, "peer": peer, "peer_s": peer_s},
         {

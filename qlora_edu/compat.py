@@ -40,3 +40,21 @@ def quiet() -> Iterator[None]:
         advice.setLevel(level)
         if had_bars:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def rows_never_packed() -> Iterator[None]:
+    """Let transformers take every row for one text, without a look at its positions.
+
+    transformers 5 compares position ids to see whether a row holds several texts. Tensors without
+    memory have no numbers to compare, and it would then trace a mask that no real step makes. Wait
+    for a setting with which a caller says so himself.
+    """
+    from transformers import masking_utils
+
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks

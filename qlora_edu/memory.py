@@ -1,29 +1,28 @@
 """Chapter 6. Where every byte of a training step goes, and whether it fits on the card.
 
 A step holds two sorts of bytes. Some stay: weights, adapters, the optimizer's states. They are
-arithmetic over shapes. Others come and go: activations on the way forward, workspace and gradients
-on the way back. They are heard in a rehearsal of the step without memory (``rehearsal.py``). The
+arithmetic over shapes. Others come and go: activations in the forward pass, workspace and gradients
+in the backward pass. A step on tensors without memory (`planner/fake_step.py`) shows them. The
 *peak*, the largest sum of both at any moment, decides whether the step fits.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 2; Chen et
 al., "Training Deep Nets with Sublinear Memory Cost" (2016), for gradient checkpointing.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_edu.errors import DoesNotFitError, PlanError
-from qlora_edu.planner.fake_step import KINDS, ROWS, Rehearsal, StepSettings, rehearse
+from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration, nearest
+from qlora_edu.planner import MODELS as MODELS
+from qlora_edu.planner.fake_step import StepSettings, check_whole, trace_step
+from qlora_edu.planner.trace import KINDS, ROWS, StepTrace
 
 GIB = 2**30
 RESERVE = GIB
@@ -36,44 +35,48 @@ NEVER_PAGED = 100_000
 """bitsandbytes keeps the states of tensors with fewer elements on the device."""
 
 
-def _llama(width: int, inner: int, blocks: int, heads: int, **others: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-        **others,
-    }
+def llama_parameters(size: str) -> tuple[int, int]:
+    """Count the weights of a LLaMA's linear layers (which QLoRA quantises), and everything else.
+
+    >>> llama_parameters("7B")
+    (6476005376, 262410240)
+    """
+    hidden, layers, inner = LLAMA_SHAPES[size]
+    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    norms = (2 * layers + 1) * hidden
+    return linear, 2 * LLAMA_VOCABULARY * hidden + norms
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-7b": _llama(4096, 11008, 32, 32),
-    "llama-13b": _llama(5120, 13824, 40, 40),
-    "llama-33b": _llama(6656, 17920, 60, 52),
-    "llama-65b": _llama(8192, 22016, 80, 64),
-    "llama-2-70b": _llama(8192, 28672, 80, 64, num_key_value_heads=8),
-    "llama-3-8b": _llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
-    "gpt2": {"model_type": "gpt2"},
-    "qwen2.5-0.5b": _llama(
-        896,
-        4864,
-        24,
-        14,
-        model_type="qwen2",
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-}
-"""Shapes that the literature speaks of; any other model comes as a configuration."""
+def adapter_parameters(size: str, r: int) -> int:
+    """Count the trained numbers when every linear layer of a LLaMA has an adapter: r × (in + out).
+
+    >>> adapter_parameters("7B", 64)
+    159907840
+    """
+    hidden, layers, inner = LLAMA_SHAPES[size]
+    return layers * r * (4 * (hidden + hidden) + 3 * (hidden + inner))
+
+
+def nf4_bits_per_weight(blocksize: int = 64, absmax_blocksize: int | None = 256) -> float:
+    """Count the 4-bit code, its share of an 8-bit absmax, and its share of a 32-bit one of those.
+
+    Args:
+        blocksize: weights that share an absmax.
+        absmax_blocksize: absmax that share a constant; None: they stay in 32 bits.
+
+    Source: QLoRA (Dettmers et al., 2023), section 3, "Double Quantization".
+
+    >>> round(nf4_bits_per_weight(), 3), nf4_bits_per_weight(absmax_blocksize=None)
+    (4.127, 4.5)
+    """
+    if absmax_blocksize is None:
+        return 4 + 32 / blocksize
+    return 4 + 8 / blocksize + 32 / (blocksize * absmax_blocksize)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The ledger of one training step, in bytes; ``plan_memory`` makes it.
+    """The ledger of one training step, in bytes; `plan_memory` makes it, `print` shows it.
 
     >>> plan = plan_memory("llama-7b", "qlora", max_length=512)
     >>> print(plan.sentence(24))  # doctest: +ELLIPSIS
@@ -81,53 +84,51 @@ class MemoryPlan:
     """
 
     name: str
-    config: Any
+    config: Any = field(repr=False)
     settings: StepSettings
     batch_size: int
     max_length: int
     optim: str
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_whole("batch_size", self.batch_size)
+        check_whole("max_length", self.max_length)
         if self.optim not in OPTIMIZERS:
-            raise PlanError(f"optimizer must be one of {OPTIMIZERS}, not {self.optim!r}")
+            raise PlanError(f"optim must be one of {OPTIMIZERS}, not {self.optim!r}")
 
     @cached_property
-    def rehearsal(self) -> Rehearsal:
-        """What the step was heard to do."""
-        return rehearse(self.config, self.settings, self.batch_size, self.max_length)
+    def trace(self) -> StepTrace:
+        """Every allocation of a step without memory."""
+        return trace_step(self.config, self.settings, self.batch_size, self.max_length)
 
     @cached_property
     def held(self) -> dict[str, int]:
         """Bytes that stay on the device through the whole step: weights and optimizer states."""
-        return {**self.rehearsal.weights, "optimizer states": self.state_bytes - self.host_bytes}
+        return {**self.trace.weights, "optimizer states": self.state_bytes - self.host_bytes}
 
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of all optimizer states, wherever they are."""
-        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in self.rehearsal.trained)
+        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in self.trace.trained)
 
     @cached_property
     def host_bytes(self) -> int:
         """Bytes of optimizer states that a paged optimizer can push out to the host."""
         if not self.optim.startswith("paged"):
             return 0
-        large = [(n, nbytes) for n, nbytes in self.rehearsal.trained if n >= NEVER_PAGED]
+        large = [(n, nbytes) for n, nbytes in self.trace.trained if n >= NEVER_PAGED]
         return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in large)
 
     @cached_property
     def gradient_bytes(self) -> int:
         """Bytes of all gradients; each has the dtype of its parameter."""
-        return sum(nbytes for _, nbytes in self.rehearsal.trained)
+        return sum(nbytes for _, nbytes in self.trace.trained)
 
     @cached_property
     def activation_bytes(self) -> int:
         """Bytes of activations that wait for the backward pass when the last block is through."""
-        head = self.rehearsal.marks["head"]
-        return round(self.rehearsal.live(self.batch_size, self.max_length)[head - 1].sum())
+        head = self.trace.marks["head"]
+        return round(self.trace.live(self.batch_size, self.max_length)[head - 1].sum())
 
     @cached_property
     def without_checkpointing(self) -> Self:
@@ -137,8 +138,8 @@ class MemoryPlan:
     @cached_property
     def moments(self) -> dict[str, dict[str, int]]:
         """For each part of the step the rows of the ledger at its worst event."""
-        live, marks = self.rehearsal.live(self.batch_size, self.max_length), self.rehearsal.marks
-        head, turn = marks["head"], marks[f"back to {self.rehearsal.blocks}"]
+        live, marks = self.trace.live(self.batch_size, self.max_length), self.trace.marks
+        head, turn = marks["head"], marks[f"back to {self.trace.blocks}"]
         parts = {
             "forward": live[:head],
             "logits and loss": live[head:turn],
@@ -147,8 +148,8 @@ class MemoryPlan:
         moments = {}
         for name, part in parts.items():
             worst = part[part.sum(axis=1).argmax()]
-            heard = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
-            moments[name] = {**self.held, **heard}
+            traced = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
+            moments[name] = {**self.held, **traced}
         moments["optimizer step"] = {
             **self.held,
             "optimizer states": self.state_bytes,
@@ -160,7 +161,7 @@ class MemoryPlan:
     def _optimizer_workspace(self) -> int:
         # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
         # one on a CPU, those of all parameters at a time on CUDA. Fused kernels need none.
-        sizes = [nbytes for _, nbytes in self.rehearsal.trained]
+        sizes = [nbytes for _, nbytes in self.trace.trained]
         if self.optim != "adamw":
             return 0
         return sum(sizes) if self.settings.device == "cuda" else 2 * max(sizes)
@@ -181,15 +182,25 @@ class MemoryPlan:
         return sum(self.rows.values())
 
     def at(self, **changes: Any) -> Self:
-        """The same step with another batch, length or optimizer."""
+        """The same step with another `batch_size`, `max_length` or `optim`."""
         return replace(self, **changes)
 
+    def spare_bytes(self, card_gib: float, reserve: int = RESERVE) -> float:
+        """Bytes that a card of so many GiB has left at the peak; below zero, it is too small."""
+        if isinstance(card_gib, bool) or not isinstance(card_gib, int | float) or not card_gib > 0:
+            raise PlanError(f"a card has a positive number of GiB, not {card_gib!r}")
+        return card_gib * GIB - reserve - self.peak_bytes
+
+    def fits(self, card_gib: float, reserve: int = RESERVE) -> bool:
+        """Whether the peak, and what no tensor gets, fit on a card."""
+        return self.spare_bytes(card_gib, reserve) >= 0
+
     def longest_length(self, card_gib: float, reserve: int = RESERVE) -> int:
-        """The most tokens a row may have for the step to fit; 0 if it never does."""
+        """Find the most tokens a row may have for the step to fit; 0 if it never does."""
         low, high = 0, 2**24
         while high - low > 1:
             middle = (low + high) // 2
-            if self.at(max_length=middle).peak_bytes <= card_gib * GIB - reserve:
+            if self.at(max_length=middle).fits(card_gib, reserve):
                 low = middle
             else:
                 high = middle
@@ -198,15 +209,18 @@ class MemoryPlan:
     def sentence(self, card_gib: float, reserve: int = RESERVE) -> str:
         """Say whether it fits on a card, with how much to spare, and how long a row may be.
 
-        The card's memory is taken at its word (a "24 GB" card has 24 GiB), less ``reserve``.
+        The card's memory is taken at its word (a "24 GB" card has 24 GiB), less `reserve` bytes.
         """
-        spare = card_gib * GIB - reserve - self.peak_bytes
+        spare = self.spare_bytes(card_gib, reserve)
         card = f"{'an' if f'{card_gib:g}'.startswith('8') else 'a'} {card_gib:g} GB card"
         verdict = f"fits on {card} with {spare / GIB:,.1f} GiB to spare"
         if spare < 0:
             verdict = f"does not fit on {card}: {-spare / GIB:,.1f} GiB too much"
         longest = self.longest_length(card_gib, reserve)
         return f"{self.name}, {self.settings.method}: {verdict}; longest sequence {longest:,}"
+
+    def __str__(self) -> str:
+        return self.table()
 
     def table(self) -> str:
         """The ledger in GiB: a row for each sort of byte, a column for each part of the step."""
@@ -242,17 +256,20 @@ def plan_memory(
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
 
     Args:
-        model: a name in ``MODELS``, a folder with a ``config.json``, a Hugging Face configuration
-            of any causal language model, or such a model.
+        model: a name in `MODELS`, in capitals or not; a folder with a `config.json`; the name of a
+            model on the Hub; a Hugging Face configuration of any causal language model, as a
+            dictionary too; or such a model.
         method: "full", "lora", "qlora" or "houlsby".
-        batch_size, max_length: rows of a step, and tokens of each.
-        optim: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others
-            are bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can
-            push out to the host counts on the device only in the optimizer step.
-        settings: fields of ``StepSettings``: rank, targets, dtypes, checkpointing and so on.
+        batch_size: rows per step.
+        max_length: tokens per row.
+        optim: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others are
+            bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can push
+            out to the host counts on the device only in the optimizer step.
+        settings: fields of `StepSettings`: `r`, `target_modules`, dtypes and so on.
 
     Raises:
-        PlanError: naming what is wrong with the model or a setting; see also ``rehearse``.
+        PlanError: naming what is wrong with the model or a setting; see also `trace_step`.
+        ModelUnavailableError: the Hub does not give the configuration.
 
     >>> plan = plan_memory({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
     ...     "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}, "full",
@@ -260,48 +277,21 @@ def plan_memory(
     >>> plan.held["linear weights"]  # 4 bytes · 2 blocks · (4·64² + 3·64·128)
     327680
     """
-    names = [field.name for field in fields(StepSettings) if field.name != "method"]
+    known = ["batch_size", "max_length", "optim", *(one.name for one in fields(StepSettings))]
     for name in settings:
-        if name not in names:
-            raise PlanError(f"no setting {name!r}; there are {', '.join(names)}")
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = tuple(settings["target_modules"])
+        if name not in known:
+            raise PlanError(
+                f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            )
     name, config = configuration(model)
     step = StepSettings(method=method, **settings)
     plan = MemoryPlan(name, config, step, batch_size, max_length, optim)
-    _ = plan.rehearsal  # what is wrong with the model is said now
+    _ = plan.trace  # what is wrong with the model is said now
     return plan
 
 
-def configuration(model: Any) -> tuple[str, Any]:
-    """The name and the Hugging Face configuration of whatever ``plan_memory`` was given."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    if isinstance(model, nn.Module):
-        model = getattr(model, "config", model)
-    if isinstance(model, PreTrainedConfig):
-        return model.model_type, model
-    if isinstance(model, str | Path) and str(model) not in MODELS:
-        name, model = str(model), Path(model) / "config.json"
-        if not model.is_file():
-            raise PlanError(
-                f"{name!r} is neither a folder with a config.json nor one of {', '.join(MODELS)}; "
-                "for a model on the Hub pass AutoConfig.from_pretrained(name)"
-            )
-        model = json.loads(model.read_text(encoding="utf-8"))
-    else:
-        name = str(model) if isinstance(model, str) else ""
-        model = MODELS.get(name, model)
-    try:
-        shape = dict(model)
-        kind = shape.pop("model_type")
-        return name or kind, AutoConfig.for_model(kind, **shape)
-    except (TypeError, ValueError, KeyError) as error:
-        raise PlanError(f"this describes no model ({error}): {model!r}") from error
-
-
 def _state_bytes(n: int, nbytes: int, optimizer: str) -> int:
-    """Bytes of the two running means of a trained tensor of ``n`` numbers and ``nbytes`` bytes.
+    """Bytes of the two running means of a trained tensor of `n` numbers and `nbytes` bytes.
 
     >>> [_state_bytes(65536, 131072, name) for name in ("adamw", "adamw_32bit", "adamw_8bit")]
     [262144, 524288, 133120]
@@ -318,7 +308,7 @@ def _state_bytes(n: int, nbytes: int, optimizer: str) -> int:
 def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> int:
     """Refuse rows that would end a training run late; returns the longest length that fits.
 
-    ``lengths`` are the token counts of the rows that will be trained on. One row too long among
+    `lengths` are the token counts of the rows that will be trained on. One row too long among
     thousands comes after minutes or after hours; here it comes first.
 
     Raises:
@@ -327,7 +317,7 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
     >>> plan = plan_memory("llama-7b", "qlora", batch_size=4)
     >>> check_lengths(plan, [512, 600, 200000], card_gib=24)  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
-    qlora_edu.memory.DoesNotFitError: 1 of 3 rows is too long for a 24 GB card at batch 4: ...
+    qlora_edu.errors.DoesNotFitError: 1 of 3 rows is too long for a 24 GB card at batch 4: ...
     """
     longest = plan.longest_length(card_gib)
     over = [(row, length) for row, length in enumerate(lengths) if length > longest]
@@ -368,14 +358,14 @@ class _Recomputed(torch.autograd.Function):
 
 
 def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``block(x)``, keeping only ``x`` for the backward pass: gradient checkpointing on a CPU.
+    """`block(x)`, keeping only `x` for the backward pass: gradient checkpointing on a CPU.
 
     The block runs twice, and its activations live for the length of its own backward pass. As in
-    PyTorch's reentrant variant ``x`` must require a gradient, or the block's parameters get none.
-    Equals ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)``.
+    PyTorch's reentrant variant `x` must require a gradient, or the block's parameters get none.
+    Equals `torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)`.
 
     Raises:
-        PlanError: if gradients are on and ``x`` requires none.
+        PlanError: if gradients are on and `x` requires none.
 
     >>> x = torch.ones(3, requires_grad=True)
     >>> recompute(torch.exp, x).sum().backward()
@@ -388,74 +378,3 @@ def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             "none; call x.requires_grad_(), or model.enable_input_require_grads()"
         )
     return _Recomputed.apply(block, x)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: ``plan llama-7b --card 24 --method qlora batch_size=4 r=64``."""
-    import yaml
-
-    parser = argparse.ArgumentParser(prog="qlora_edu plan", description="Will it fit?")
-    parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
-    parser.add_argument(
-        "settings", nargs="*", metavar="name=value", help="batch_size, max_length, r, ..."
-    )
-    parser.add_argument("--method", default="qlora", help="full, lora, qlora or houlsby")
-    parser.add_argument("--card", type=float, default=24, metavar="GB", help="the card's memory")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        pairs = [setting.partition("=") for setting in arguments.settings]
-        chosen = {name: yaml.safe_load(value) for name, _, value in pairs}
-        plan = plan_memory(arguments.model, arguments.method, **chosen)
-    except (PlanError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    size = f"batch {plan.batch_size} of {plan.max_length:,} tokens"
-    print(f"{plan.name}, {plan.settings.method}: {size}")
-    print(plan.table())
-    print(plan.sentence(arguments.card))
-    return 0
-
-
-def nf4_bits_per_weight(blocksize: int = 64, absmax_blocksize: int = 256) -> float:
-    """Bits a weight: the 4-bit code, its share of an 8-bit absmax, its share of a 32-bit one.
-
-    Source: QLoRA (Dettmers et al., 2023), section 3, "Double Quantization".
-
-    >>> round(nf4_bits_per_weight(), 3)
-    4.127
-    """
-    return 4 + 8 / blocksize + 32 / (blocksize * absmax_blocksize)
-
-
-# hidden width, layers, width of the feed-forward block; Touvron et al., "LLaMA" (2023), table 2.
-LLAMA_SHAPES = {
-    "7B": (4096, 32, 11008),
-    "13B": (5120, 40, 13824),
-    "33B": (6656, 60, 17920),
-    "65B": (8192, 80, 22016),
-}
-
-
-LLAMA_VOCABULARY = 32_000
-
-
-def llama_parameters(size: str) -> tuple[int, int]:
-    """Weights of the linear layers (which QLoRA quantises), and everything else, of a LLaMA.
-
-    >>> llama_parameters("7B")
-    (6476005376, 262410240)
-    """
-    hidden, layers, inner = LLAMA_SHAPES[size]
-    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
-    norms = (2 * layers + 1) * hidden
-    return linear, 2 * LLAMA_VOCABULARY * hidden + norms
-
-
-def adapter_parameters(size: str, r: int) -> int:
-    """Trained parameters when every linear layer of a LLaMA has an adapter: r × (in + out) each.
-
-    >>> adapter_parameters("7B", 64)
-    159907840
-    """
-    hidden, layers, inner = LLAMA_SHAPES[size]
-    return layers * r * (4 * (hidden + hidden) + 3 * (hidden + inner))

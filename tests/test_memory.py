@@ -1,71 +1,33 @@
-"""The planner against real steps, real tensors and PyTorch's own checkpointing."""
+"""The planner against real steps, stored measurements and PyTorch's own checkpointing."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import LLAMA, make_config, measured_peak
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_edu.errors import DoesNotFitError, PlanError
-from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, check_lengths, main, plan_memory, recompute
-from qlora_edu.planner.fake_step import (
-    ROWS,
-    Allocations,
-    StepSettings,
-    build_model,
-    find_blocks,
-    kept_tensors,
-    pretend_to_quantize,
-    training_loss,
-    weigh,
+from qlora_edu.errors import DoesNotFitError, ModelUnavailableError, PlanError
+from qlora_edu.files import ROOT
+from qlora_edu.memory import (
+    GIB,
+    LLAMA_SHAPES,
+    MODELS,
+    OPTIMIZERS,
+    check_lengths,
+    llama_parameters,
+    nf4_bits_per_weight,
+    plan_memory,
+    recompute,
 )
-from qlora_edu.planner.trace import trace_memory
+from qlora_edu.planner.trace import ROWS, trace_memory
 from qlora_edu.quantized import quantize
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 500,
-}
-STORED = json.loads(
-    (Path(__file__).parents[1] / "data" / "results" / "memory.json").read_text(encoding="utf-8")
-)
-
-
-def make(**changes):
-    shape = {**LLAMA, **changes}
-    return AutoConfig.for_model(shape.pop("model_type"), **shape)
-
-
-def measured_peak(config, step_settings, batch, length):
-    """The allocator's peak in the second step, and what was there before it."""
-    kept = {}
-
-    def step():
-        training_loss(kept["model"], kept["ids"], step_settings).backward()
-        kept["optimizer"].step()
-        kept["optimizer"].zero_grad()
-
-    def start():
-        torch.manual_seed(0)
-        kept["model"] = build_model(config, step_settings)
-        trained = [p for p in kept["model"].parameters() if p.requires_grad]
-        kept["optimizer"] = torch.optim.AdamW(trained)
-        kept["ids"] = torch.randint(0, config.vocab_size, (batch, length))
-        step()
-
-    before = trace_memory(start).live[-1]
-    return before + trace_memory(step).peak
+STORED = json.loads((ROOT / "data" / "results" / "memory.json").read_text(encoding="utf-8"))
 
 
 # 5 % is what is promised; what was seen is below 1 %. Here 2 %, so that a lost row of the ledger
@@ -79,85 +41,18 @@ def test_the_plan_is_what_a_real_step_needs(method, gradient_checkpointing):
         "dtype": "float32",
         "gradient_checkpointing": gradient_checkpointing,
     }
-    plan = plan_memory(make(), method, batch_size=2, max_length=100, device="cpu", **chosen)
-    assert plan.peak_bytes == pytest.approx(measured_peak(make(), plan.settings, 2, 100), rel=0.02)
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        {"stack": "bitsandbytes"},
-        {"padding": True},
-        {"lora_dropout": 0.1},
-        {"dtype": "bfloat16"},
-        {"autocast": True},
-        {"target_modules": ("q_proj", "v_proj")},
-        {"double_quant": False, "blocksize": 128},
-        {"adapter_dtype": "bfloat16", "dtype": "bfloat16"},
-    ],
-    ids=str,
-)
-def test_every_setting_counts_as_it_does_in_a_real_step(chosen):
-    chosen = {"dtype": "float32", "r": 16, "gradient_checkpointing": False, **chosen}
-    plan = plan_memory(make(), "qlora", batch_size=2, max_length=100, device="cpu", **chosen)
-    assert plan.peak_bytes == pytest.approx(measured_peak(make(), plan.settings, 2, 100), rel=0.02)
-
-
-def test_one_row_needs_no_copies_of_slices_and_the_plan_knows():
-    chosen = {"dtype": "float32", "r": 4, "gradient_checkpointing": False, "device": "cpu"}
-    plan = plan_memory(make(vocab_size=20000), "lora", batch_size=1, max_length=64, **chosen)
-    measured = measured_peak(make(vocab_size=20000), plan.settings, 1, 64)
-    assert plan.peak_bytes == pytest.approx(measured, rel=0.02)
-
-
-def test_an_eager_attention_keeps_a_square_and_the_plan_says_so():
-    config = make()
-    config._attn_implementation = "eager"
-    chosen = {"dtype": "float32", "gradient_checkpointing": False, "device": "cpu"}
-    plan = plan_memory(config, "full", batch_size=1, max_length=300, **chosen)
-    assert plan.peak_bytes == pytest.approx(measured_peak(config, plan.settings, 1, 300), rel=0.02)
-    plain = plan_memory(make(), "full", batch_size=1, max_length=300, **chosen)
-    assert plan.peak_bytes > 1.2 * plain.peak_bytes
+    plan = plan_memory(make_config(), method, batch_size=2, max_length=100, device="cpu", **chosen)
+    assert plan.peak_bytes == pytest.approx(
+        measured_peak(make_config(), plan.settings, 2, 100), rel=0.02
+    )
 
 
 def test_the_optimizer_step_can_be_the_worst_moment():
     chosen = {"dtype": "float32", "gradient_checkpointing": False, "device": "cpu"}
-    config = make(vocab_size=20000)
+    config = make_config(vocab_size=20000)
     plan = plan_memory(config, "full", batch_size=1, max_length=8, **chosen)
     assert plan.peak_moment == "optimizer step"
     assert plan.peak_bytes == pytest.approx(measured_peak(config, plan.settings, 1, 8), rel=0.02)
-
-
-@settings(max_examples=12, deadline=None)
-@given(
-    depth=st.integers(1, 9),
-    batch=st.integers(1, 5),
-    length=st.integers(8, 300),
-    method=st.sampled_from(["full", "lora", "qlora", "houlsby"]),
-    gradient_checkpointing=st.booleans(),
-)
-def test_three_blocks_and_three_lengths_tell_any_other(
-    depth, batch, length, method, gradient_checkpointing
-):
-    config = make(num_hidden_layers=depth)
-    chosen = {
-        "dtype": "float32",
-        "r": 8,
-        "gradient_checkpointing": gradient_checkpointing,
-        "device": "cpu",
-    }
-    plan = plan_memory(config, method, batch_size=batch, max_length=length, optim="sgd", **chosen)
-    model = build_model(config, plan.settings)
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    training_loss(model, ids, plan.settings).backward()  # tables of the first call
-    model.zero_grad()
-    heard = Allocations()
-    heard.ignore([ids, *kept_tensors(model)])
-    with heard:
-        training_loss(model, ids, plan.settings).backward()
-    real = sum(weigh(model).values()) + np.cumsum(heard.changes).max()
-    # Rotary tables depend on the length and not on the batch: at most 64 bytes a token here.
-    assert abs(plan.peak_bytes - real) <= 0.01 * real + 64 * 5 * length
 
 
 def test_the_stored_measurements_hold_the_planner_to_its_promise():
@@ -168,9 +63,9 @@ def test_the_stored_measurements_hold_the_planner_to_its_promise():
         assert row["error"] == pytest.approx(ratio - 1)
         assert abs(row["error"]) <= 0.05, row
     for row in STORED["big"]:
-        assert abs(row["predicted_bytes"] / row["heard_bytes"] - 1) <= 0.01, row
+        assert abs(row["predicted_bytes"] / row["traced_bytes"] - 1) <= 0.01, row
         if row["mem_tracker_bytes"]:
-            assert row["heard_bytes"] == pytest.approx(row["mem_tracker_bytes"], rel=0.01)
+            assert row["traced_bytes"] == pytest.approx(row["mem_tracker_bytes"], rel=0.01)
 
 
 @pytest.mark.parametrize("row", STORED["rows"][::6], ids=lambda row: row["model"])
@@ -197,6 +92,23 @@ def test_llama_7b_weighs_what_arithmetic_says():
     assert held["adapters"] == 4 * 159_907_840
 
 
+def test_bitsandbytes_quantises_every_linear_layer_whatever_is_adapted():
+    chosen = {"backend": "bitsandbytes", "r": 8}
+    every = plan_memory("llama-7b", **chosen).held
+    two = plan_memory("llama-7b", target_modules=["q_proj", "v_proj"], **chosen).held
+    for row in ("quantised weights", "quantisation constants", "embeddings and head"):
+        assert two[row] == every[row] and "linear weights" not in two
+    assert two["adapters"] == 4 * 32 * 2 * 8 * (4096 + 4096) < every["adapters"]
+
+
+@pytest.mark.parametrize("size", LLAMA_SHAPES)
+def test_llama_parameters_are_those_of_the_planned_model(size):
+    rows = plan_memory(f"llama-{size}", "full").trace.weights
+    linear, rest = llama_parameters(size)
+    assert rows["linear weights"] == 2 * linear
+    assert sum(rows.values()) == pytest.approx(2 * (linear + rest), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
 def test_a_named_model_has_the_size_of_its_name(name):
     plan = plan_memory(name, "full")
@@ -205,30 +117,30 @@ def test_a_named_model_has_the_size_of_its_name(name):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     size = float(name.split("-")[-1].rstrip("b"))
     assert parameters / 1e9 == pytest.approx(size, rel=0.06)
-    assert sum(plan.rehearsal.weights.values()) == pytest.approx(2 * parameters, rel=1e-4)
+    assert sum(plan.trace.weights.values()) == pytest.approx(2 * parameters, rel=1e-4)
 
 
 def test_the_field_s_two_headlines():
     full = plan_memory("llama-65b", "full", optim="adamw_32bit")
     assert full.peak_bytes > 780e9
-    guanaco = {"r": 64, "stack": "bitsandbytes", "adapter_dtype": "bfloat16"}
+    guanaco = {"r": 64, "backend": "bitsandbytes", "adapter_dtype": "bfloat16"}
     qlora = plan_memory("llama-65b", "qlora", optim="paged_adamw_32bit", **guanaco)
     assert qlora.peak_bytes < 48e9
 
 
 def test_rows_of_every_moment_have_names_and_add_up():
-    plan = plan_memory(make(), "qlora", r=4)
+    plan = plan_memory(make_config(), "qlora", r=4)
     assert set(plan.moments) == {"forward", "logits and loss", "backward", "optimizer step"}
     for moment in plan.moments.values():
         assert set(moment) <= set(ROWS) and min(moment.values()) >= 0
     assert plan.peak_bytes == max(sum(moment.values()) for moment in plan.moments.values())
-    lines = plan.table().splitlines()
+    lines = str(plan).splitlines()
     assert any(line.startswith("quantisation constants") for line in lines)
     assert lines[-2].startswith("peak: ")
-    kept = plan_memory(make(), "qlora", r=4, gradient_checkpointing=False)
+    kept = plan_memory(make_config(), "qlora", r=4, gradient_checkpointing=False)
     assert (
         plan.without_checkpointing.rows == kept.rows
-        and kept.table().count("gradient_checkpointing") == 0
+        and str(kept).count("gradient_checkpointing") == 0
     )
     assert f"without checkpointing {kept.activation_bytes / GIB:.3f}" in lines[-1]
 
@@ -236,7 +148,7 @@ def test_rows_of_every_moment_have_names_and_add_up():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 4000), st.sampled_from(["full", "lora", "qlora"]))
 def test_more_tokens_never_need_less(batch, length, method):
-    plan = plan_memory(make(), method, batch_size=batch, max_length=length)
+    plan = plan_memory(make_config(), method, batch_size=batch, max_length=length)
     assert plan.peak_bytes <= plan.at(max_length=length + 1).peak_bytes
     if batch > 1:  # one row is a case of its own
         assert plan.peak_bytes <= plan.at(batch_size=batch + 1).peak_bytes
@@ -245,7 +157,7 @@ def test_more_tokens_never_need_less(batch, length, method):
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.01, 4), st.integers(1, 4))
 def test_the_longest_length_fits_and_the_next_does_not(card, batch):
-    plan = plan_memory(make(), "qlora", batch_size=batch, r=4)
+    plan = plan_memory(make_config(), "qlora", batch_size=batch, r=4)
     longest = plan.longest_length(card, reserve=0)
     if longest:
         assert plan.at(max_length=longest).peak_bytes <= card * GIB
@@ -262,6 +174,22 @@ def test_the_sentence():
     assert "does not fit on a 4 GB card" in plan.sentence(4)
     assert "longest sequence 0" in plan.sentence(4)
     assert "fits on an 8 GB card" in plan.sentence(8)
+    assert plan.fits(8) and plan.fits(24) and not plan.fits(4)
+    assert plan.fits(plan.peak_bytes / GIB, reserve=0) and not plan.fits(plan.peak_bytes / GIB)
+
+
+@pytest.mark.parametrize("card", [-5, 0, float("nan"), "24", None, True])
+def test_a_card_has_a_positive_number_of_gib(card):
+    plan = plan_memory(LLAMA, "lora", r=4)
+    for ask in (plan.fits, plan.sentence, plan.longest_length):
+        with pytest.raises(PlanError, match="positive number of GiB"):
+            ask(card)
+
+
+def test_print_shows_the_table_and_repr_is_short():
+    plan = plan_memory("llama-7b", "qlora")
+    assert str(plan) == plan.table() and "\npeak: " in str(plan)
+    assert "LlamaConfig" not in repr(plan)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +197,9 @@ def test_the_sentence():
     [("adamw", 4), ("adamw_32bit", 8), ("adamw_8bit", 2 * (1 + 4 / 256)), ("sgd", 0)],
 )
 def test_optimizer_states(optimizer, bytes_a_number):
-    config = make(vocab_size=8192)  # every matrix is a multiple of 256 and above 4,096
+    config = make_config(vocab_size=8192)  # every matrix is a multiple of 256 and above 4,096
     plan = plan_memory(config, "full", optim=optimizer)
-    sizes = [n for n, _ in plan.rehearsal.trained]
+    sizes = [n for n, _ in plan.trace.trained]
     large = sum(n for n in sizes if n >= 4096)
     small = (sum(sizes) - large) * (8 if optimizer == "adamw_8bit" else bytes_a_number)
     assert plan.state_bytes == large * bytes_a_number + small
@@ -279,69 +207,30 @@ def test_optimizer_states(optimizer, bytes_a_number):
 
 def test_a_paged_optimizer_keeps_small_states_on_the_device():
     plan = plan_memory("llama-7b", "qlora", r=16, optim="paged_adamw_32bit")
-    sizes = [n for n, _ in plan.rehearsal.trained]
+    sizes = [n for n, _ in plan.trace.trained]
     assert plan.host_bytes == 8 * sum(n for n in sizes if n >= 100_000)  # 16 · 11,008 is above
     assert plan.held["optimizer states"] == 8 * sum(n for n in sizes if n < 100_000) > 0
     assert plan.moments["optimizer step"]["optimizer states"] == 8 * sum(sizes)
     assert plan_memory("llama-7b", "qlora", r=16, optim="adamw_32bit").host_bytes == 0
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(64, 64), (100, 96), (3, 5)])
-def test_a_pretended_weight_has_the_tensors_of_a_real_one(shape, double_quant):
-    weight = torch.randn(shape)
-    real = quantize(weight, "nf4", 64, double_quant).state_dict()
-    pretended = pretend_to_quantize(weight, "nf4", 64, double_quant)
-    for name, tensor in pretended.state_dict().items():
-        if "quant_state" in name:  # JSON, which spells the offset out
-            continue
-        assert tensor.shape == real[name].shape and tensor.dtype == real[name].dtype, name
-
-
-def test_weigh_counts_shared_storage_once():
-    model = AutoModelForCausalLM.from_config(make(tie_word_embeddings=True))
-    assert weigh(model)["embeddings and head"] == 4 * 500 * 128
-    total = sum(tensor.nbytes for tensor in {id(t): t for t in kept_tensors(model)}.values())
-    assert sum(weigh(model).values()) == total
-
-
-@pytest.mark.parametrize("stack", ["qlora_edu", "bitsandbytes"])
-def test_weigh_knows_the_4_bit_weights_of_both_stacks(stack):
-    model = build_model(make(), StepSettings(r=4, dtype="float32", backend=stack))
-    n = 5 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 320)
-    rows = weigh(model)
-    assert rows["quantised weights"] == n // 2
-    assert rows["adapters"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert n / 64 < rows["quantisation constants"] < n / 64 + 35 * 1400
-    assert len(find_blocks(model)) == 5
-
-
-def test_a_rehearsal_leaves_random_numbers_and_defaults_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    plan_memory(make(hidden_size=64), "lora", r=3)
-    assert torch.equal(torch.rand(2), expected)
-    assert torch.get_default_dtype() == torch.float32
-    assert quantize(torch.ones(64)).dequantize().sum() == 64  # no table has become a fake one
-
-
-# Mistakes
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("llama-8b",), "neither a folder with a config.json nor one of llama-7b"),
+        (("llama-8b",), r"'llama-8b' \(did you mean 'llama-.*neither a folder.*owner/name.*gpt2"),
+        (("llama-7b", "qlora", {"lenght": 9}), "'lenght' .did you mean 'max_length'"),
+        (("llama-7b", "qlora", {"x": 9}), "batch_size, max_length, optim, method, r, .*device"),
+        (("llama-7b", "qlora", {"quant_type": "nf9"}), "quant_type must be one of"),
+        (({"model_type": "bert"}, "full"), "a bert fills gaps"),
         (("llama-7b", "dora"), "method must be one of"),
         ((LLAMA, "qlora", {"rank": 8}), "no setting 'rank'"),
         ((LLAMA, "qlora", {"r": 0}), "r must be a whole number of at least 1, not 0"),
         ((LLAMA, "qlora", {"r": True}), "r must be a whole number"),
-        ((LLAMA, "qlora", {"lora_dropout": 1.0}), "dropout must be in"),
+        ((LLAMA, "qlora", {"lora_dropout": 1.0}), "lora_dropout must be in"),
         ((LLAMA, "qlora", {"dtype": "int8"}), "dtype must be one of"),
         ((LLAMA, "qlora", {"batch_size": 0}), "batch_size must be a whole number"),
         ((LLAMA, "qlora", {"max_length": 2.5}), "max_length must be a whole number"),
-        ((LLAMA, "qlora", {"optimizer": "lion"}), "optimizer must be one of"),
+        ((LLAMA, "qlora", {"optim": "lion"}), "optim must be one of"),
         ((LLAMA, "lora", {"target_modules": ["w_proj"]}), "no layer is called"),
         (("gpt2", "qlora"), "Conv1D"),
         (({"hidden_size": 4},), "this describes no model"),
@@ -359,15 +248,47 @@ def test_a_wrong_argument_is_named(arguments, message):
 
 
 def test_a_model_and_a_folder_are_as_good_as_a_configuration(tmp_path):
-    config = make()
+    config = make_config()
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
     peaks = {plan_memory(m, "lora").peak_bytes for m in (config, model, tmp_path, str(tmp_path))}
     assert len(peaks) == 1
 
 
+def test_a_name_may_be_written_in_capitals():
+    assert plan_memory("Llama-7B").rows == plan_memory("llama-7b").rows
+
+
+def test_a_folder_that_is_no_model_and_a_hub_out_of_reach_are_told_apart(tmp_path):
+    with pytest.raises(PlanError, match="has no config.json"):
+        plan_memory(tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(PlanError, match="describes no model"):
+        plan_memory(tmp_path)
+    with pytest.raises(ModelUnavailableError, match="the Hub does not give.*Check the name"):
+        plan_memory("meta-llama/Llama-2-7b-hf")
+
+
+def test_a_model_on_the_hub_is_found_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda name, **_: asked.append(name) or make_config()
+    )
+    plan = plan_memory("meta-llama/Llama-2-7b-hf")
+    assert plan.name == "meta-llama/Llama-2-7b-hf" and asked == [plan.name]
+    assert plan.rows == plan_memory(make_config()).rows
+
+
+def test_bits_per_weight_are_those_of_a_real_tensor():
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    # The tensor also holds one 32-bit offset: 32 / 2**18 of a bit for each weight.
+    assert quantize(weight).bits_per_weight == pytest.approx(nf4_bits_per_weight(), abs=2e-4)
+    plain = quantize(weight, double_quant=False).bits_per_weight
+    assert plain == nf4_bits_per_weight(absmax_blocksize=None) == 4.5
+
+
 def test_rows_that_are_too_long_are_named():
-    plan = plan_memory(make(), "qlora", r=4, batch_size=2)
+    plan = plan_memory(make_config(), "qlora", r=4, batch_size=2)
     longest = plan.longest_length(1.5)
     assert check_lengths(plan, [1, longest], 1.5) == longest
     with pytest.raises(DoesNotFitError) as caught:
@@ -377,40 +298,9 @@ def test_rows_that_are_too_long_are_named():
     assert f"row 1 with {longest + 1:,}" in message and f"row 3 with {longest + 9:,}" in message
     assert "gradient_checkpointing" not in message  # it is on already
     with pytest.raises(DoesNotFitError, match="and 2 more.*gradient_checkpointing=True"):
-        check_lengths(plan_memory(make(), "qlora", gradient_checkpointing=False), [10**9] * 7, 1.5)
-
-
-# The tools
-
-
-def test_the_trace_begins_at_nothing_and_counts_releases():
-    trace = trace_memory(lambda: torch.ones(1000).exp().sum())
-    assert trace.peak >= 8000 and trace.live[-1] < 100
-    assert len(trace.seconds) == len(trace.live) and (np.diff(trace.seconds) >= 0).all()
-    assert trace_memory(lambda: None).peak == 0
-
-
-def test_the_trace_is_silent_and_an_error_comes_through(capfd):
-    with pytest.raises(ZeroDivisionError):
-        trace_memory(lambda: 1 / 0)
-    trace_memory(lambda: torch.ones(3))
-    print("still here")
-    out, err = capfd.readouterr()
-    assert (out, err) == ("still here\n", "")
-
-
-def test_allocations_hear_views_sharing_and_growth():
-    x = torch.ones(100)
-    heard = Allocations()
-    heard.ignore(x)
-    with heard:
-        y = x.view(10, 10).T  # no new storage
-        z = y + 1
-        z.add_(1)
-        buffer = torch.empty(0)
-        buffer.resize_(50)
-        del y, z
-    assert heard.changes == [400, 200, -400]
+        check_lengths(
+            plan_memory(make_config(), "qlora", gradient_checkpointing=False), [10**9] * 7, 1.5
+        )
 
 
 class Block(nn.Module):
@@ -471,20 +361,6 @@ def test_recompute_refuses_an_input_that_would_cut_the_gradients():
         assert recompute(Block(), torch.ones(2, 16)).shape == (2, 16)
 
 
-def test_the_command_line(capsys):
-    from qlora_edu.__main__ import main as whole
-
-    assert (
-        whole(["plan", "llama-7b", "--card", "24", "batch_size=2", "--method", "lora", "r=8"]) == 0
-    )
-    out = capsys.readouterr().out
-    assert "llama-7b, lora: batch 2 of 512 tokens" in out and "on a 24 GB card" in out
-    assert main(["llama-9b"]) == 1
-    assert "error: 'llama-9b' is neither" in capsys.readouterr().err
-    assert main(["llama-7b", "rank=8"]) == 1
-    assert "no setting 'rank'" in capsys.readouterr().err
-
-
 def test_every_optimizer_plans():
     for optimizer in OPTIMIZERS:
-        assert plan_memory(make(), "lora", optim=optimizer).peak_bytes > 0
+        assert plan_memory(make_config(), "lora", optim=optimizer).peak_bytes > 0

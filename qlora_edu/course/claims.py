@@ -118,7 +118,7 @@ def stored(name: str) -> dict[str, Any]:
 
 @cache
 def plan(model: str, method: str, **settings: Any) -> MemoryPlan:
-    """Plan a step, once: a rehearsal takes seconds. One row of 512 tokens, r = 64."""
+    """Plan a step, once: tracing a step takes seconds. One row of 512 tokens, r = 64."""
     return plan_memory(model, method, **settings)
 
 
@@ -230,7 +230,7 @@ def _33b_on_24gb() -> Answer:
 )
 def _guanaco_memory() -> Answer:
     plans = {size: guanaco(size) for size in LLAMA_SHAPES}
-    weights = [sum(one.rehearsal.weights.values()) / 1e9 for one in plans.values()]
+    weights = [sum(one.trace.weights.values()) / 1e9 for one in plans.values()]
     peaks = [one.peak_bytes / 1e9 for one in plans.values()]
     printed = (5, 10, 21, 41)
     between = all(w < p < peak for w, p, peak in zip(weights, printed, peaks, strict=True))
@@ -251,7 +251,7 @@ def _guanaco_memory() -> Answer:
     "the planner, without a card; notebook 6",
 )
 def _7b_base_5048mb() -> Answer:
-    held = dict(plan("llama-7b", "qlora").rehearsal.weights)
+    held = dict(plan("llama-7b", "qlora").trace.weights)
     base = sum(nbytes for row, nbytes in held.items() if row != "adapters")
     upcast = base + held["embeddings and head"] + held["norms and the rest"]
     near = abs(base / 5048e6 - 1) < 0.02

@@ -10,10 +10,13 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from IPython.display import SVG
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+
+from qlora_edu.files import ROOT
 
 PALETTE = {
     "base": "#7F7F7F",  # the frozen base model
@@ -93,6 +96,15 @@ def level_ticks(ax: Axes, levels: Iterable[float], color: str, *, height: float 
     """
     for level in levels:
         ax.axvline(float(level), ymax=height, color=color, linewidth=2)
+
+
+def picture(name: str) -> SVG:
+    """Show a picture of `docs/` in a notebook, by its name.
+
+    >>> "4.127 bits" in picture("qlora_in_one_picture").data
+    True
+    """
+    return SVG(filename=str(ROOT / "docs" / f"{name}.svg"))
 
 
 def figure_png(figure: Figure, *, dpi: int = 100) -> bytes:

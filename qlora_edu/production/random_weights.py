@@ -1,10 +1,12 @@
 """Support for chapter 9: a real architecture with random weights, to measure time and memory.
 
 A step takes as long and as much memory with random weights as with trained ones. So where the Hub
-is out of reach, the machine can still be measured: ``write_random`` writes a folder that the real
-loader reads, shard by shard, and ``build_random`` makes a model layer by layer, each quantised
-before the next is made, so that a 65B never stands in 16 bits anywhere. What such a model *says* is
-noise, so it is labelled wherever it appears: no quality is ever measured with it.
+is out of reach, the machine can still be measured: `write_random` writes a folder that the real
+loader reads, shard by shard, and `build_random` makes a model layer by layer, each quantised before
+the next is made, so that a 65B is never in memory in 16 bits. What such a model *says* is noise, so
+it is labelled wherever it appears: no quality is ever measured with it.
+
+    python -m qlora_edu.production.random_weights llama-7b runs/random-7b
 """
 
 import argparse
@@ -19,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replace_module
-from qlora_edu.errors import PlanError
-from qlora_edu.memory import MODELS, configuration
-from qlora_edu.planner.fake_step import StepSettings
-from qlora_edu.qlora import FusedQLoRALinear
+from qlora_edu.errors import QloraError, RunExistsError
+from qlora_edu.files import ROOT
+from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.planner import MODELS, configuration
+from qlora_edu.planner.fake_step import StepSettings, add_adapters, causal_model, quantize_layers
 
 STANDARD_DEVIATION = 0.02  # Llama's own initializer_range
 
@@ -31,9 +33,10 @@ STANDARD_DEVIATION = 0.02  # Llama's own initializer_range
 def random_tensor(
     name: str, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> Tensor:
-    """The random weight called ``name``: always the same on the same kind of device.
+    """Make the random weight called `name`: always the same on the same kind of device.
 
-    Vectors named as norms are ones, other vectors zeros, as when training begins.
+    Vectors named as norms are ones, other vectors zeros, as when training begins; matrices are
+    normal with standard deviation 0.02.
 
     >>> random_tensor("model.norm.weight", [3], torch.float32)
     tensor([1., 1., 1.])
@@ -57,22 +60,25 @@ def write_random(
 ) -> Path:
     """Write a model of random weights as a Hugging Face folder, never holding more than one shard.
 
-    ``model`` is as for ``plan_memory``: a name such as "llama-7b", or a configuration. The
-    tokenizer is that of the embedded base: any text becomes ids that the model has. The folder is
-    written whole or not at all; ``config.json`` says ``"random_init": true``.
+    The tokenizer is that of the embedded base: any text becomes ids that the model has. The folder
+    is written whole or not at all; `config.json` says `"random_init": true`.
+
+    Args:
+        folder: to be made.
+        model: as for `plan_memory`: a name such as "llama-7b", or a configuration.
+        dtype: of the weights.
+        shard_bytes: the most that a file holds.
+        seed: another one gives other weights.
 
     Raises:
-        FileExistsError: if the folder is there already.
-        PlanError: if the model is not known, or has fewer tokens than the tokenizer.
+        RunExistsError: the folder is there already.
+        PlanError: the model is not known.
     """
     from safetensors.torch import save_file
 
-    from qlora_edu.files.atomic import whole_or_absent
-    from qlora_edu.production.loading import ROOT
-
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
+        raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     skeleton = _skeleton(model, dtype)
     kept = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:
@@ -93,31 +99,35 @@ def write_random(
         skeleton.config.random_init = True
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(part)
-        for path in (ROOT / "data" / "base-model").glob("*token*"):
-            shutil.copy(path, part)
-        template = ROOT / "data" / "base-model" / "chat_template.jinja"
-        if template.exists():
-            shutil.copy(template, part)
+        for path in (ROOT / "data" / "base-model").iterdir():
+            if "token" in path.name or path.name == "chat_template.jinja":
+                shutil.copy(path, part)
     return folder
 
 
 def build_random(
     model: Any, settings: StepSettings, device: str = "cpu", lora_alpha: float = 16.0, seed: int = 0
 ) -> nn.Module:
-    """A model of random weights on ``device``, ready for a training step.
+    """Build a model of random weights on `device`, ready for a training step.
 
-    With ``method="qlora"`` each linear layer is made, quantised and forgotten before the next: the
-    most that ever lives is the finished part and one layer in 16 bits. ``settings.stack`` says
-    whose 4-bit layers and adapters they are.
+    With `method="qlora"` each linear layer is made, quantised and forgotten before the next: the
+    most that is ever there is the finished part and one layer in 16 bits.
+
+    Args:
+        model: as for `plan_memory`.
+        settings: `settings.backend` says whose 4-bit layers and adapters they are.
 
     Raises:
-        PlanError: see ``plan_memory``.
+        PlanError: see `plan_memory`.
     """
     built = _skeleton(model, settings.dtype)
     built.config.use_cache = False
-    if settings.method == "qlora":
-        for name in find_linear_layers(built, settings.target_modules):
-            replace_module(built, name, _in_4_bits(built, name, settings, device, lora_alpha, seed))
+    dtype = getattr(torch, settings.dtype)
+
+    def make_weight(name: str, linear: nn.Linear) -> Tensor:
+        return random_tensor(f"{name}.weight", linear.weight.shape, dtype, device, seed)
+
+    adapted = quantize_layers(built, settings, make_weight=make_weight, lora_alpha=lora_alpha)
     for name, parameter in list(built.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -125,103 +135,16 @@ def build_random(
             setattr(built.get_submodule(owner), leaf, nn.Parameter(value))
     built.tie_weights()
     built.to(device)  # the buffers: the table of rotary angles
-    return _with_adapters(built, settings, lora_alpha).train()
-
-
-def _in_4_bits(
-    built: nn.Module, name: str, settings: StepSettings, device: str, lora_alpha: float, seed: int
-) -> nn.Module:
-    """Make the weight of one linear layer, quantise it, and forget it."""
-    empty = built.get_submodule(name)
-    dtype = getattr(torch, settings.dtype)
-    weight = random_tensor(f"{name}.weight", empty.weight.shape, dtype, device, seed)
-    if settings.backend == "qlora_edu":
-        empty.weight = nn.Parameter(weight, requires_grad=False)
-        return FusedQLoRALinear(
-            empty,
-            settings.r,
-            lora_alpha,
-            settings.lora_dropout,
-            levels=settings.quant_type,
-            blocksize=settings.blocksize,
-            double_quant=settings.double_quant,
-        )
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    layer = Linear4bit(
-        empty.in_features,
-        empty.out_features,
-        bias=False,
-        compute_dtype=weight.dtype,
-        compress_statistics=settings.double_quant,
-        quant_type=settings.quant_type,
-        device="meta",
-    )
-    layer.weight = Params4bit(
-        weight,
-        requires_grad=False,
-        blocksize=settings.blocksize,
-        compress_statistics=settings.double_quant,
-        quant_type=settings.quant_type,
-        module=layer,
-    ).to(weight.device)
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
-def _with_adapters(model: nn.Module, settings: StepSettings, lora_alpha: float) -> nn.Module:
-    if settings.method == "lora":
-        add_lora(
-            model,
-            settings.r,
-            lora_alpha,
-            target_modules=settings.target_modules,
-            lora_dropout=settings.lora_dropout,
-        )
-    elif settings.method == "houlsby":
-        add_houlsby(model, settings.bottleneck)
-    elif settings.method == "qlora":
-        if settings.backend == "bitsandbytes":
-            from peft import LoraConfig, get_peft_model
-
-            target_modules = (
-                settings.target_modules
-                if isinstance(settings.target_modules, str)
-                else [*settings.target_modules]
-            )
-            lora = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=settings.r,
-                lora_alpha=lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=target_modules,
-                bias="none",
-            )
-            model.is_loaded_in_4bit = True
-            model = get_peft_model(model, lora)
-        else:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if settings.method != "full":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, settings.adapter_dtype))
-    return model
+    return add_adapters(built, settings, adapted, lora_alpha=lora_alpha)
 
 
 def _skeleton(model: Any, dtype: str) -> nn.Module:
     """The model without its weights: they are on the device `meta`, buffers are real."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     _, config = configuration(model)
     with init_empty_weights(include_buffers=False):
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        except ValueError as error:
-            raise PlanError(f"no causal language model can be made of this: {error}") from error
+        return causal_model(config, dtype)
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
@@ -237,18 +160,22 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: ``random-init llama-7b runs/random-7b``."""
+    """The command line: a model's name and the folder to make."""
     parser = argparse.ArgumentParser(
-        prog="qlora_edu random-init",
+        prog="python -m qlora_edu.production.random_weights",
         description="Write a real architecture with random weights, to measure time and memory.",
     )
     parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
-    parser.add_argument("folder", help="to be made; 2 bytes a parameter")
+    parser.add_argument("folder", help="to be made; 2 bytes per parameter")
     arguments = parser.parse_args(argv)
     try:
         folder = write_random(arguments.folder, arguments.model)
-    except (PlanError, OSError) as error:
+    except (QloraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{folder} written. RANDOM WEIGHTS: time and memory are real, its answers are noise")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
-"""Every position of every control gives a picture, and a picture that fails says so."""
+"""Every position of every control gives a picture, and figures say what was computed."""
 
 import importlib
 import pkgutil
+import xml.etree.ElementTree as ET
+from itertools import product
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from ipywidgets import FloatSlider, IntSlider
@@ -10,9 +13,13 @@ from ipywidgets import FloatSlider, IntSlider
 from qlora_edu.blockwise import quantize_blockwise
 from qlora_edu.codebooks import get_levels
 from qlora_edu.course import explorers as ex
+from qlora_edu.course import plots
 from qlora_edu.course.explorers import chapter_02
 from qlora_edu.errors import QuantizationError
+from qlora_edu.files import ROOT
+from qlora_edu.memory import GIB, LLAMA_SHAPES, nf4_bits_per_weight, plan_memory
 from qlora_edu.paging import PageTable
+from qlora_edu.planner.trace import ROWS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -152,7 +159,24 @@ def test_the_replayed_trace_is_what_the_optimizer_counted(frames, prefetch):
     assert counts["KiB in"] == table.faults
 
 
-# Chapter 2
+@pytest.fixture
+def course_style():
+    plots.use_style()
+    yield
+    plt.close("all")
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def check_inside(figure) -> None:
+    """No text of a figure may be cut off at its edge."""
+    figure.canvas.draw()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0, text.get_text()
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
 
 
 @pytest.mark.parametrize("format", chapter_02.FORMATS)
@@ -172,9 +196,7 @@ def test_a_wrong_parameter_of_the_explorer_is_refused():
         ex.render_outlier_map(blocksize=48)
 
 
-def test_the_drawing_of_blocks_shows_the_bytes_that_are_packed():
-    import matplotlib.pyplot as plt
-
+def test_the_drawing_of_blocks_shows_the_bytes_that_are_packed(course_style):
     weight = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     figure = ex.draw_blocks_and_bytes(weight, get_levels("nf4"), 4)
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -184,8 +206,105 @@ def test_the_drawing_of_blocks_shows_the_bytes_that_are_packed():
     expected = [f"0x{value:02X}" for value in packed.flatten().tolist()]
     assert [text for text in texts if text.startswith("0x")] == expected
     assert sum(text.startswith("block ") for text in texts) == 3
-    figure.canvas.draw()
-    for text in figure.axes[0].texts:
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
-    plt.close(figure)
+    check_inside(figure)
+
+
+@pytest.mark.parametrize(("size", "r"), [*product(LLAMA_SHAPES, (8, 256))])
+def test_memory_bars_show_their_sums(course_style, size, r):
+    figure = ex.draw_training_memory(size, r)
+    sums = [sum(ex.training_gigabytes(size, method, r).values()) for method in ex.METHODS]
+    assert sums == sorted(sums, reverse=True)
+    for total in sums:
+        starts = (f"{total:.1f} GB", f"{total:.0f} GB")
+        assert any(text.startswith(starts) for text in texts(figure))
+    check_inside(figure)
+
+
+@pytest.mark.parametrize("size", LLAMA_SHAPES)
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_training_gigabytes_are_those_of_the_planner(size, method):
+    plan = plan_memory(f"llama-{size}", method, optim="adamw_32bit")
+    planned = sum(plan.held.values()) + plan.gradient_bytes
+    total = sum(ex.training_gigabytes(size, method).values())
+    assert total == pytest.approx(planned / 1e9, rel=1e-3)
+
+
+def test_unknown_size_and_method_are_refused():
+    with pytest.raises(KeyError, match="8B"):
+        ex.training_gigabytes("8B", "qlora")
+    with pytest.raises(KeyError, match="magic"):
+        ex.training_gigabytes("7B", "magic")
+
+
+def test_token_boxes_are_coloured_by_what_happens_to_them(course_style):
+    figure = ex.draw_trained_tokens("abcd", [False, True, True, True], 3, "four")
+    colors = [plt.matplotlib.colors.to_hex(p.get_facecolor()) for p in figure.axes[0].patches]
+    orange = plots.PALETTE["adapter"].lower()
+    assert colors == [plots.PALE_GREY.lower(), orange, orange, "#ffffff"]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "card"),
+    [("qwen2.5-0.5b", "qlora", 8), ("qwen2.5-0.5b", "full", 80), ("llama-65b", "full", 24)],
+)
+def test_budget_bars_add_up_and_the_title_is_the_plan_s_sentence(course_style, model, method, card):
+    plan = plan_memory(model, method, batch_size=2, max_length=64)
+    figure = ex.draw_budget(plan, card)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == plan.sentence(card)
+    sums = {}
+    for bar in ax.patches:
+        if bar.get_height() == pytest.approx(0.62):
+            row = round(bar.get_y() + 0.31)
+            sums[row] = sums.get(row, 0) + bar.get_width()
+    for row, (moment, rows) in enumerate(plan.moments.items()):
+        assert sums[row] == pytest.approx(sum(rows.values()) / GIB), moment
+    assert any(f"{plan.peak_bytes / GIB:,.1f} GiB, the peak" in text for text in texts(figure))
+    check_inside(figure)
+
+
+def test_every_row_of_a_ledger_has_a_style_of_its_own():
+    assert set(ex.ROW_STYLES) == set(ROWS)
+    assert ex.row_style("adapters", "lora")["facecolor"] == plots.PALETTE["adapter"]
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+WORDS = {
+    "qlora_in_one_picture": (
+        *("W as stored, frozen", f"{nf4_bits_per_weight():.3f} bits per weight", "A", "B", "x"),
+        *("loss", "W x", "(α/r) · B A x", "gradients pass through W", "only A and B are changed"),
+    ),
+    "finetune_pipeline": (
+        *("1  config", "2  rows of chat", "3  base", "4  adapters", "5  training"),
+        "6  run folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_picture_says_what_it_must_in_the_course_s_colours(name):
+    root = ET.fromstring(plots.picture(name).data)
+    shown = [text.text for text in root.iter(f"{SVG}text")]
+    assert set(WORDS[name]) <= set(shown)
+    assert root.find(f"{SVG}title").text in shown and len(root.find(f"{SVG}desc").text) > 100
+    pale = {plots.PALE_BLUE, plots.PALE_ORANGE, plots.PALE_GREY, "#F6D5C3", "white", "none"}
+    used = {part.get(key) for part in root.iter() for key in ("fill", "stroke")} - {None}
+    assert used <= {*plots.PALETTE.values(), *pale}
+    width, height = (float(root.get(side)) for side in ("width", "height"))
+    for text in root.iter(f"{SVG}text"):
+        x, y, size = (float(text.get(key)) for key in ("x", "y", "font-size"))
+        reach = 0.62 * size * len(text.text)  # no letter of a sans-serif is wider on average
+        left = x - reach / 2 if text.get("text-anchor") == "middle" else x
+        assert left >= 0 and left + reach <= width and 0 < y - size < y < height, text.text
+
+
+def test_an_arrow_of_the_picture_leads_through_the_weight_and_back():
+    root = ET.fromstring(plots.picture("qlora_in_one_picture").data)
+    arrows = [path.get("stroke") for path in root.iter(f"{SVG}path") if path.get("marker-end")]
+    assert arrows.count(plots.PALETTE["gradient"]) == 8 == arrows.count(plots.PALETTE["ink"])
+    assert sum(1 for part in root.iter(f"{SVG}rect") if part.get("fill-opacity")) == 64
+
+
+def test_the_readme_shows_the_picture():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/qlora_in_one_picture.svg)" in readme

@@ -66,7 +66,7 @@ def test_each_base_is_loaded_once_and_when_it_is_wanted(widget, asked):
     assert asked == list(BASES)
 
 
-def test_the_answer_grows_and_stop_is_heard(widget, monkeypatch):
+def test_the_answer_grows_and_stop_works(widget, monkeypatch):
     go, seen = threading.Semaphore(0), []
     real = Chat.answer
 
@@ -117,5 +117,5 @@ def test_answers_are_text_and_not_html(widget, monkeypatch):
     assert "<script>" not in ask(widget)[0]
 
 
-def test_nobody_stands_beside_at_first(widget):
+def test_nobody_is_beside_at_first(widget):
     assert widget.right.value == NOBODY and widget.systems == ["all"]

@@ -8,8 +8,7 @@ from importlib import import_module
 
 _NAMES = {
     "chapter_00": (
-        "render_training_memory memory_explorer PICTURE draw_qlora_in_one_picture METHODS "
-        "training_gigabytes draw_training_memory save_picture"
+        "render_training_memory memory_explorer METHODS training_gigabytes draw_training_memory"
     ),
     "chapter_01": "OFFSETS DRAWS scaled_weights render_nf4_bins nf4_explorer",
     "chapter_02": "render_outlier_map outlier_explorer draw_blocks_and_bytes",
@@ -22,9 +21,7 @@ _NAMES = {
         "STUDY_WAYS STUDY_MEASURES STUDY_COLOURS load_study study_values study_pairs "
         "draw_runs draw_difference render_study study_explorer"
     ),
-    "chapter_09": (
-        "render_trained_tokens tokens_explorer draw_finetune_pipeline draw_trained_tokens"
-    ),
+    "chapter_09": "render_trained_tokens tokens_explorer draw_trained_tokens",
     "chapter_10": (
         "RATINGS longer_judge JUDGES load_tournament tournament_games tournament_ratings "
         "draw_ratings render_tournament tournament_explorer"

@@ -96,14 +96,12 @@ def nf4_rms_error(blocksize: int, nested_blocksize: int = 256) -> float:
 
 
 def bits_with_constants(blocksize: int, nested_blocksize: int = 256) -> float:
-    """Bits a weight, code and constants together.
+    """Bits per weight, code and constants together.
 
     >>> bits_with_constants(64, FLOAT32), bits_with_constants(64, 256)
     (4.5, 4.126953125)
     """
-    if nested_blocksize == FLOAT32:
-        return 4 + 32 / blocksize
-    return nf4_bits_per_weight(blocksize, nested_blocksize)
+    return nf4_bits_per_weight(blocksize, nested_blocksize or None)
 
 
 def render_constants(blocksize: int = 64, nested_blocksize: int = 256, size: str = "7B") -> bytes:
@@ -133,7 +131,7 @@ def render_constants(blocksize: int = 64, nested_blocksize: int = 256, size: str
     left.set(ylim=(0, 1.15 * max(sizes)), ylabel=f"constants of a {size} (MiB)")
     left.set_xlim(-0.6, 1.6)
     saved = f", {sizes[0] - sizes[-1]:,.0f} MiB saved" if double else ""
-    left.set_title(f"4 + {bits - 4:.6f} bits a weight{saved}", fontsize=11)
+    left.set_title(f"4 + {bits - 4:.6f} bits per weight{saved}", fontsize=11)
 
     for nested, color in [(FLOAT32, grey), (nested_blocksize, blue)][: len(bars)]:
         x = [bits_with_constants(one, nested) for one in BLOCKSIZES]
@@ -150,7 +148,7 @@ def render_constants(blocksize: int = 64, nested_blocksize: int = 256, size: str
             4.28, 0.0855, f"8 bits, nested blocks of {nested_blocksize}", color=blue, va="center"
         )
     right.plot(bits, error, "o", mfc="none", mec=pink, mew=2.5, markersize=15)
-    right.set(xlabel="bits a weight", ylabel="root mean square error (σ)")
+    right.set(xlabel="bits per weight", ylabel="root mean square error (σ)")
     right.set(xlim=(3.98, 5.06), ylim=(0.08, 0.131))
     right.set_title(f"This choice: {bits:.4g} bits, error {error:.5f} σ", fontsize=11)
     return figure_png(figure)

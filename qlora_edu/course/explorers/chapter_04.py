@@ -39,7 +39,7 @@ def synthetic_update(noise: float) -> tuple[Tensor, Tensor]:
 def low_rank_errors(noise: float, r: int, scaling: float = 1.0) -> tuple[float, float]:
     """Relative error of `scaling · B · A` against the change, and against its signal.
 
-    >>> [round(error, 6) for error in low_rank_errors(0.0, rank=6)]
+    >>> [round(error, 6) for error in low_rank_errors(0.0, r=6)]
     [0.0, 0.0]
     """
     wanted, signal = synthetic_update(noise)
@@ -94,15 +94,15 @@ def _draw_errors(ax: Axes, noise: float, r: int, scaling: float) -> None:
 def render_low_rank(r: int = 8, lora_alpha: float = 8, noise: float = 0.15) -> bytes:
     """Draw a change of weights by its directions, and what `α/r · B · A` of a given rank misses.
 
-    `B` and `A` are the best of their rank for `α = r`. Another `α` then applies them too loudly or
-    too softly, as when an adapter is loaded with an `α` it was not trained with.
+    `B` and `A` are the best of their rank for `α = r`. Another `α` applies them too strongly or too
+    weakly, as when an adapter is loaded with an `α` it was not trained with.
 
     Args:
-        rank: directions kept, 1 to 32.
-        alpha: the `α` with which `B` and `A` are applied.
+        r: directions kept, 1 to 32.
+        lora_alpha: the `α` with which `B` and `A` are applied.
         noise: standard deviation of the noise in each entry of the change.
 
-    >>> render_low_rank(rank=2, lora_alpha=64)[:4]
+    >>> render_low_rank(r=2, lora_alpha=64)[:4]
     b'\\x89PNG'
     """
     noise = round(noise, 3)
@@ -118,7 +118,7 @@ def lora_explorer() -> Explorer:
     """Make the explorer of chapter 4: rank, α, and the noise in the change that is wanted.
 
     >>> sorted(lora_explorer().controls)
-    ['alpha', 'noise', 'rank']
+    ['lora_alpha', 'noise', 'r']
     """
     return Explorer(
         render_low_rank,

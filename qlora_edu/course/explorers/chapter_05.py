@@ -48,7 +48,7 @@ def merge_outcome(into: str, size: float, r: int = 16, blocksize: int = 64) -> t
     Args:
         into: one of `MERGE_TARGETS`.
         size: root mean square of the update.
-        rank: of the update.
+        r: rank of the update.
         blocksize: of the quantised weight, one of `BLOCKSIZES`.
 
     Returns:
@@ -71,10 +71,10 @@ def render_merge_survival(size: float = 0.03, r: int = 16, blocksize: int = 64) 
 
     Args:
         size: root mean square of the update over that of the weight, one of `UPDATE_SIZES`.
-        rank: of the update, one of `RANKS`.
-        blocksize: weights a block, one of `BLOCKSIZES`.
+        r: rank of the update, one of `RANKS`.
+        blocksize: weights per block, one of `BLOCKSIZES`.
 
-    >>> render_merge_survival(size=1.0, rank=1)[:4]
+    >>> render_merge_survival(size=1.0, r=1)[:4]
     b'\\x89PNG'
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(2, 3))
@@ -118,7 +118,7 @@ def merge_explorer() -> Explorer:
     """Make the explorer of chapter 5: size and rank of the update, and the block size.
 
     >>> sorted(merge_explorer().controls)
-    ['blocksize', 'rank', 'size']
+    ['blocksize', 'r', 'size']
     """
     wide = {"description_width": "90px"}
     return Explorer(

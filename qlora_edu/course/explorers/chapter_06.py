@@ -22,8 +22,8 @@ def render_budget(
     card: int = 24,
     method: str = "qlora",
     r: int = 64,
-    length: int = 512,
-    batch: int = 4,
+    max_length: int = 512,
+    batch_size: int = 4,
 ) -> bytes:
     """Draw the memory of a training step, moment by moment, against a card.
 
@@ -31,8 +31,9 @@ def render_budget(
         model: one of `ADAPTED`.
         card: its memory in GB, as it is sold.
         method: one of `METHODS`.
-        rank: of LoRA and QLoRA, or the bottleneck of Houlsby's adapters; full ones have none.
-        length, batch: tokens of a row, and rows of a step.
+        r: of LoRA and QLoRA, or the bottleneck of Houlsby's adapters; full ones have none.
+        max_length: tokens per row.
+        batch_size: rows per step.
 
     Raises:
         PlanError: for a model or a method that cannot be planned.
@@ -41,7 +42,7 @@ def render_budget(
     b'\\x89PNG'
     """
     size = {"full": {}, "houlsby": {"bottleneck": r}}.get(method, {"r": r})
-    plan = plan_memory(model, method, batch_size=batch, max_length=length, **size)
+    plan = plan_memory(model, method, batch_size=batch_size, max_length=max_length, **size)
     return figure_png(draw_budget(plan, card))
 
 
@@ -49,7 +50,7 @@ def budget_explorer() -> Explorer:
     """Make the explorer of chapter 6; each model, method or rank takes a second at its first turn.
 
     >>> sorted(budget_explorer().controls)
-    ['batch', 'card', 'length', 'method', 'model', 'rank']
+    ['batch_size', 'card', 'max_length', 'method', 'model', 'r']
     """
     return Explorer(
         render_budget,
@@ -57,8 +58,8 @@ def budget_explorer() -> Explorer:
         card=SelectionSlider(options=CARDS_GB, value=24, description="card (GB)"),
         method=Dropdown(options=METHODS, value="qlora", description="method"),
         r=SelectionSlider(options=RANKS, value=64, description="rank"),
-        length=SelectionSlider(options=LENGTHS, value=512, description="length"),
-        batch=SelectionSlider(options=BATCHES, value=4, description="batch"),
+        max_length=SelectionSlider(options=LENGTHS, value=512, description="max_length"),
+        batch_size=SelectionSlider(options=BATCHES, value=4, description="batch_size"),
     )
 
 
@@ -98,7 +99,6 @@ def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     The peak has a frame; the key names what can be seen at any moment; the title is the plan's
     sentence.
 
-    >>> from qlora_edu.memory import plan_memory
     >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch_size=4), 24)
     >>> [text.get_text() for text in figure.axes[0].texts if "peak" in text.get_text()]
     [' 6.8 GiB, the peak']

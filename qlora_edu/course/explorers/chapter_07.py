@@ -56,7 +56,7 @@ class TierState(NamedTuple):
 
 
 def replay_trace(trace: tuple[PageEvent, ...], events: int, frames: int) -> TierState:
-    """Follow the first ``events`` events of a trace.
+    """Follow the first `events` events of a trace.
 
     >>> replay_trace(record_trace(4), 5, 4).holds, replay_trace(record_trace(4), 5, 4).counts
     ([4, 1, 2, 3], {'hits': 0, 'prefetched': 0, 'faults': 5, 'KiB in': 5, 'KiB out': 1})
@@ -77,7 +77,7 @@ def replay_trace(trace: tuple[PageEvent, ...], events: int, frames: int) -> Tier
 
 
 def describe_event(event: PageEvent, dirty: set[int]) -> str:
-    """One sentence on what has just happened; ``dirty`` is how it was before."""
+    """One sentence on what has just happened; `dirty` is how it was before."""
     page = _NAMES[event.page]
     said = {
         "hit": f"{page} is wanted and there: a hit",

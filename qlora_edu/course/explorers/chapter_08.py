@@ -20,8 +20,8 @@ STUDY_WAYS = (
 )
 STUDY_MEASURES = {
     "exact match": "exact match (share of the answers)",
-    "held-out loss": "held-out loss (nats a token)",
-    "forgetting": "loss on pretraining text (nats a token)",
+    "held-out loss": "held-out loss (nats per token)",
+    "forgetting": "loss on pretraining text (nats per token)",
 }
 STUDY_COLOURS = {
     "full": PALETTE["gradient"],
@@ -33,13 +33,13 @@ STUDY_COLOURS = {
 
 @cache
 def load_study() -> dict[str, Any]:
-    """What ``make experiments`` has stored of the study; without runs if there is nothing yet."""
+    """What `make experiments` has stored of the study; without runs if there is nothing yet."""
     path = DATA / "results" / "three_ways.json"
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
 def study_values(measure: str, way: str, rows: int = 3000) -> dict[int, float]:
-    """What each seed of a way came to, by seed; ``rows`` is the number of different rows.
+    """What each seed of a way came to, by seed; `rows` is the number of different rows.
 
     >>> study_values("exact match", "no such way")
     {}
@@ -60,7 +60,7 @@ def _measured(run: dict[str, Any], measure: str) -> float:
 def study_pairs(
     measure: str, first: str, second: str, seeds: int = 99
 ) -> tuple[list[float], list[float]]:
-    """The runs of two ways, paired by seed; the first ``seeds`` that both have.
+    """The runs of two ways, paired by seed; the first `seeds` that both have.
 
     >>> study_pairs("exact match", "no such way", "qlora")
     ([], [])
@@ -113,8 +113,8 @@ def render_study(
     """Draw the stored runs of two ways, the interval of their difference, and the verdict.
 
     Args:
-        measure: one of ``STUDY_MEASURES``.
-        first: one of ``STUDY_WAYS``.
+        measure: one of `STUDY_MEASURES`.
+        first: one of `STUDY_WAYS`.
         second: another one.
         margin: the largest difference that does not matter, in the unit of the measure.
         seeds: how many of the stored seeds are looked at, from the first.

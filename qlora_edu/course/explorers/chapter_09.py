@@ -6,11 +6,10 @@ from functools import lru_cache
 import matplotlib.pyplot as plt
 from ipywidgets import IntSlider
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
-from qlora_edu.course.explorers.chapter_00 import _arrow
 from qlora_edu.course.explorers.core import Explorer
-from qlora_edu.course.plots import PALE_BLUE, PALE_GREY, PALE_ORANGE, PALETTE, figure_png
+from qlora_edu.course.plots import PALE_GREY, PALETTE, figure_png
 from qlora_edu.production.loading import locate
 from qlora_edu.text.conversations import (
     IGNORED,
@@ -60,48 +59,6 @@ def tokens_explorer() -> Explorer:
         row=IntSlider(2, min=0, max=ROWS - 1, description="row"),
         max_length=IntSlider(64, min=LIMITS[0], max=LIMITS[1], description="max_length"),
     )
-
-
-def draw_finetune_pipeline() -> Figure:
-    """The road of a fine-tune, from a row of chat to an answer, each station with what it holds.
-
-    >>> figure = draw_finetune_pipeline()
-    >>> len(figure.axes[0].patches) >= 6
-    True
-    >>> plt.close(figure)
-    """
-    stations = (
-        ("1  config", "every choice\nwritten down", PALE_GREY),
-        ("2  rows of chat", "tokens, and labels\non the answer only", PALE_GREY),
-        ("3  base", "4 bits, frozen\nbitsandbytes", PALE_BLUE),
-        ("4  adapters", "A and B, all linear\nPEFT", PALE_ORANGE),
-        ("5  training", "loss, gradients\nTRL", "#F6D5C3"),
-        ("6  run folder", "adapter, config,\nmetrics", PALE_ORANGE),
-    )
-    figure, ax = plt.subplots(figsize=(10, 2.9))
-    ax.set(xlim=(0, 120), ylim=(0, 30))
-    ax.axis("off")
-    ax.set_title("Six stations from a row of chat to an adapter that answers")
-    for i, (name, holds, color) in enumerate(stations):
-        left = 1 + 20 * i
-        ax.add_patch(
-            FancyBboxPatch((left, 12), 15.5, 12, boxstyle="round,pad=0.6", facecolor=color, lw=0)
-        )
-        ax.text(left + 7.75, 21.3, name, ha="center", va="center", weight="bold", fontsize=10.5)
-        ax.text(left + 7.75, 15.6, holds, ha="center", va="center", fontsize=9)
-        if i + 1 < len(stations):
-            _arrow(ax, (left + 16.4, 18), (left + 19.2, 18), PALETTE["ink"])
-    _arrow(ax, (108.7, 11), (48.7, 11), PALETTE["adapter"], bend=-0.16)
-    ax.text(
-        78.7,
-        2.2,
-        "loaded again onto the same base: the answers must not change",
-        color=PALETTE["ink"],
-        ha="center",
-        va="center",
-        fontsize=10,
-    )
-    return figure
 
 
 def draw_trained_tokens(

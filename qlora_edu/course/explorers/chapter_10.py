@@ -54,8 +54,8 @@ JUDGES: dict[str, Judge] = {
 def load_tournament() -> dict[str, Any]:
     """The answers of all systems to the same prompts, as benchmarks/tournament.py stored them.
 
-    ``systems`` holds what each one is, by name; ``rows`` holds ``prompt``, ``wanted``, ``family``
-    and the ``answers`` by system: what ``qlora_edu.evaluation`` calls a row.
+    `systems` holds what each one is, by name; `rows` holds `prompt`, `wanted`, `family`
+    and the `answers` by system: what `qlora_edu.evaluation` calls a row.
 
     Raises:
         FileNotFoundError: if it has not been run; the message says how.
@@ -72,7 +72,7 @@ def load_tournament() -> dict[str, Any]:
 
 @cache
 def tournament_games(judge: str) -> list[Game]:
-    """The games of all prompts under one of ``JUDGES``, each pair once a prompt.
+    """The games of all prompts under one of `JUDGES`, each pair once a prompt.
 
     These judges do not look at the order, so that a second game with the answers swapped would tell
     nothing new.
@@ -85,7 +85,7 @@ def tournament_games(judge: str) -> list[Game]:
 
 @cache
 def tournament_ratings(judge: str, rating: str, prompts: int) -> dict[str, Interval]:
-    """Each system's rating from the first ``prompts`` prompts, the best one first.
+    """Each system's rating from the first `prompts` prompts, the best one first.
 
     Raises:
         EvaluationError: if Bradley–Terry has no finite estimate from so few.
@@ -143,8 +143,8 @@ def render_tournament(judge: str = "exact answer", rating: str = ELO, prompts: i
     """Draw the ratings of the stored tournament with their intervals, as PNG bytes.
 
     Args:
-        judge: one of ``JUDGES``.
-        rating: one of ``RATINGS``.
+        judge: one of `JUDGES`.
+        rating: one of `RATINGS`.
         prompts: how many of the stored prompts count, from the first.
 
     >>> render_tournament()[:4]

@@ -51,7 +51,7 @@ class Explorer(VBox):
         return {name: control.value for name, control in self.controls.items()}
 
     def draw(self, change: object = None) -> None:
-        """Draw the picture for the controls as they stand; on an error, say which."""
+        """Draw the picture for the controls as they are; on an error, say which."""
         try:
             png, message = self.render(**self.parameters), ""
         except Exception as error:

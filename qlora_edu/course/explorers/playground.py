@@ -36,8 +36,8 @@ def load_base_chat(base: str) -> Chat:
 class Playground(VBox):
     """A message, one or two systems, and their answers, word by word.
 
-    Answers are made in a thread of their own, so that *stop* is heard while they grow. ``load``
-    gives the ``Chat`` of a base; each is loaded once, when it is first chosen.
+    Answers are made in a thread of their own, so that *stop* works while they grow. `load`
+    gives the `Chat` of a base; each is loaded once, when it is first chosen.
 
     >>> playground = Playground()
     >>> playground.right.value
@@ -92,7 +92,7 @@ class Playground(VBox):
         return [name for name in (self.left.value, self.right.value) if name != NOBODY]
 
     def send(self) -> None:
-        """Begin to answer; returns at once. ``wait`` waits for the end."""
+        """Begin to answer; returns at once. `wait` waits for the end."""
         if self._worker is not None and self._worker.is_alive():
             self._say("an answer is still growing; stop it first")
             return
