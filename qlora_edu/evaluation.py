@@ -21,10 +21,10 @@ from qlora_edu.comparison import Interval
 from qlora_edu.errors import EvaluationError
 
 Row = Mapping[str, Any]
-"""``{"prompt": str, "answers": {system: str}}``, and maybe ``"wanted"``, the right answer."""
+"""`{"prompt": str, "answers": {system: str}}`, and maybe `"wanted"`, the right answer."""
 
 Judge = Callable[[Row, str, str], float]
-"""``judge(row, first, second)``: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
+"""`judge(row, first, second)`: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
 
 
 class Game(NamedTuple):
@@ -43,8 +43,8 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
     """Read answers to compare: JSONL, a prompt a line, with the answer of each system.
 
     Raises:
-        EvaluationError: naming file and line, if a line is no JSON, lacks ``prompt`` or
-            ``answers``, has fewer than two systems, or others than the first line.
+        EvaluationError: naming file and line, if a line is no JSON, lacks `prompt` or
+            `answers`, has fewer than two systems, or others than the first line.
     """
     path, rows = Path(path), []
     try:
@@ -83,7 +83,7 @@ def _check_row(row: Any, where: str) -> None:
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
-    """Right beats wrong: an answer is right if it equals ``row["wanted"]``.
+    """Right beats wrong: an answer is right if it equals `row["wanted"]`.
 
     >>> row = {"prompt": "Who?", "wanted": "Ada"}
     >>> exact_judge(row, "Ada", "Ada Lovelace"), exact_judge(row, "Eva", "Nobody")
@@ -93,7 +93,7 @@ def exact_judge(row: Row, first: str, second: str) -> float:
 
 
 def word_judge(row: Row, first: str, second: str) -> float:
-    """Nearer beats farther: by the words that an answer shares with ``row["wanted"]``.
+    """Nearer beats farther: by the words that an answer shares with `row["wanted"]`.
 
     >>> row = {"prompt": "What?", "wanted": "a red lamp"}
     >>> word_judge(row, "a lamp", "Not mentioned."), word_judge(row, "red", "lamp")
@@ -122,7 +122,7 @@ def _compare(first: float, second: float) -> float:
 
 
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
-    """Let every two systems meet on every row; with ``both_orders`` twice, each first once.
+    """Let every two systems meet on every row; with `both_orders` twice, each first once.
 
     Raises:
         EvaluationError: if a verdict is not 0, 0.5 or 1.
@@ -162,7 +162,7 @@ def expected_score(rating: float, other: float) -> float:
 def elo(games: Sequence[Game], k: float = 32, start: float = 1000) -> dict[str, float]:
     """Elo ratings after the games, taken in the order given: it matters.
 
-    Each game moves both ratings by ``k`` times what came as a surprise; their sum stays.
+    Each game moves both ratings by `k` times what came as a surprise; their sum stays.
 
     >>> elo([Game("a", "b", 1.0, 0)])
     {'a': 1016.0, 'b': 984.0}
@@ -268,7 +268,7 @@ def relative_score(
 ) -> Interval:
     """Vicuna's measure: the sum of a system's scores as a percentage of the reference's.
 
-    ``scores`` and ``reference`` are a judge's marks (of 10, say) for the answers to the same
+    `scores` and `reference` are a judge's marks (of 10, say) for the answers to the same
     prompts. The interval comes from prompts drawn anew. It is a share of *marks*: 99 % means that
     the judge gave nearly as many, and not that 99 of 100 answers were as good.
 
@@ -297,7 +297,7 @@ def _systems(games: Sequence[Game]) -> list[str]:
 
 
 def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
-    """Points that system i took from system j in each row: ``[rows, systems, systems]``."""
+    """Points that system i took from system j in each row: `[rows, systems, systems]`."""
     index = {name: i for i, name in enumerate(systems)}
     rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
     wins = np.zeros((len(rows), len(systems), len(systems)))
@@ -322,7 +322,7 @@ def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:
-    """Ratings around 0, on Elo's scale, for a batch of matrices of points ``[b, n, n]``."""
+    """Ratings around 0, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
     games, won = wins + wins.transpose(0, 2, 1), wins.sum(axis=2)
     strength = np.ones(won.shape)
     for _ in range(10_000):

@@ -9,9 +9,7 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023),
 al., "Training Deep Nets with Sublinear Memory Cost" (2016), for gradient checkpointing.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -388,32 +386,6 @@ def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             "none; call x.requires_grad_(), or model.enable_input_require_grads()"
         )
     return _Recomputed.apply(block, x)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: ``plan llama-7b --card 24 --method qlora batch_size=4 r=64``."""
-    import yaml
-
-    parser = argparse.ArgumentParser(prog="qlora_edu plan", description="Will it fit?")
-    parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
-    parser.add_argument(
-        "settings", nargs="*", metavar="name=value", help="batch_size, max_length, r, ..."
-    )
-    parser.add_argument("--method", default="qlora", help="full, lora, qlora or houlsby")
-    parser.add_argument("--card", type=float, default=24, metavar="GB", help="the card's memory")
-    arguments = parser.parse_intermixed_args(argv)
-    try:
-        pairs = [setting.partition("=") for setting in arguments.settings]
-        chosen = {name: yaml.safe_load(value) for name, _, value in pairs}
-        plan = plan_memory(arguments.model, arguments.method, **chosen)
-    except (PlanError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    size = f"batch {plan.batch_size} of {plan.max_length:,} tokens"
-    print(f"{plan.name}, {plan.settings.method}: {size}")
-    print(plan.table())
-    print(plan.sentence(arguments.card))
-    return 0
 
 
 def nf4_bits_per_weight(blocksize: int = 64, absmax_blocksize: int = 256) -> float:

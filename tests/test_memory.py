@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_edu.errors import DoesNotFitError, PlanError
-from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, check_lengths, main, plan_memory, recompute
+from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, check_lengths, plan_memory, recompute
 from qlora_edu.planner.fake_step import (
     ROWS,
     Allocations,
@@ -469,20 +469,6 @@ def test_recompute_refuses_an_input_that_would_cut_the_gradients():
         recompute(Block(), torch.ones(2, 16))
     with torch.no_grad():
         assert recompute(Block(), torch.ones(2, 16)).shape == (2, 16)
-
-
-def test_the_command_line(capsys):
-    from qlora_edu.__main__ import main as whole
-
-    assert (
-        whole(["plan", "llama-7b", "--card", "24", "batch_size=2", "--method", "lora", "r=8"]) == 0
-    )
-    out = capsys.readouterr().out
-    assert "llama-7b, lora: batch 2 of 512 tokens" in out and "on a 24 GB card" in out
-    assert main(["llama-9b"]) == 1
-    assert "error: 'llama-9b' is neither" in capsys.readouterr().err
-    assert main(["llama-7b", "rank=8"]) == 1
-    assert "no setting 'rank'" in capsys.readouterr().err
 
 
 def test_every_optimizer_plans():

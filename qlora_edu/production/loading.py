@@ -12,16 +12,23 @@ import torch
 
 from qlora_edu.adapters import PEFT_PREFIX, AdapterMismatchError, check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
-from qlora_edu.errors import ConfigError, LoRAError, ModelUnavailableError
+from qlora_edu.errors import (
+    CheckpointError,
+    ConfigError,
+    DoesNotFitError,
+    LoRAError,
+    ModelUnavailableError,
+    reading,
+)
 from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.production.checkpoints import WrongBaseError, fingerprint, verify_manifest
-from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.checkpoints import fingerprint, verify_manifest
+from qlora_edu.production.config import FinetuneConfig, did_you_mean
 from qlora_edu.text.conversations import GUANACO_TEMPLATE
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
-    """The ``BitsAndBytesConfig``, every field said; None unless the method is QLoRA."""
+    """The `BitsAndBytesConfig`, every field said; None unless the method is QLoRA."""
     from transformers import BitsAndBytesConfig
 
     if config.method != "qlora":
@@ -43,30 +50,39 @@ def quantization_config(config: FinetuneConfig) -> Any:
 def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     """Model and tokenizer, from a folder or the Hub: safetensors only, and never remote code.
 
+    Args:
+        config: of its settings, those that say which model, in which dtype and how quantised.
+
+    Returns:
+        Model and tokenizer; the tokenizer has a token to pad with.
+
     Raises:
         ModelUnavailableError: naming the model and the ways out.
+        DoesNotFitError: if its weights do not fit in memory.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda, source = torch.cuda.is_available(), locate(config.model)
     card = int(os.environ.get("LOCAL_RANK", 0))  # each of several processes has its own
-    # Full fine-tuning keeps float32 weights: bfloat16 would round its small steps away.
-    dtype = "float32" if config.method == "full" else config.compute_dtype
     try:
         _check_reachable(source)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, config.base_dtype),
                 quantization_config=quantization_config(config),
                 device_map={"": card} if cuda and not fsdp() else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the weights of {config.model!r} do not fit in memory; take method=qlora, a smaller "
+            "model, or end the other programs on the card"
+        ) from error
+    except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
             f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). It "
             "must be a folder on this machine or a name on the Hugging Face Hub, with its weights "
@@ -90,27 +106,33 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
 
-    Every file is held against the manifest, and the base against the fingerprint in it. ``base``
-    is where the base is now, if not where the run found it.
+    Every file is compared with the manifest, and the base with the fingerprint in it.
+
+    Args:
+        folder: a run folder.
+        base: where the base is now, if not where the run found it.
+
+    Returns:
+        Model and tokenizer.
 
     Raises:
         DamagedFileError: naming a file that is missing or changed.
-        WrongBaseError: if the base is another, even one of the same shape.
+        CheckpointError: if the base is another, even one of the same shape.
         ModelUnavailableError: if the base cannot be had.
-        LoRAError: in the kinds of ``attach_adapter``.
+        LoRAError: in the kinds of `attach_adapter`.
     """
     folder = Path(folder)
-    facts = verify_manifest(folder)
+    metadata = verify_manifest(folder)
     config = FinetuneConfig.from_yaml(folder / "config.yaml")
     if config.method == "full":
         return load_base(config.replace(model=str(folder)))
     config = config.replace(model=base or config.model)
     model, tokenizer = load_base(config)
     found = fingerprint(locate(config.model))
-    if found != facts["base_sha256"]:
-        raise WrongBaseError(
-            f"the adapter in {folder} was trained on {facts['base_model']!r} (SHA-256 "
-            f"{facts['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
+    if found != metadata["base_sha256"]:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on {metadata['base_model']!r} (SHA-256 "
+            f"{metadata['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
             f"({found[:12]}…). It would load, and answer badly; pass base= with the right one"
         )
     return attach_adapter(model, folder), tokenizer
@@ -119,29 +141,37 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
 def attach_adapter(
     model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
 ) -> Any:
-    """Lay an adapter that PEFT or this course has written on ``model``: all of it, or none.
+    """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it, under another ``name``.
+    A model that has an adapter already gets another one beside it. PEFT itself would pass over
+    tensors that are missing (a deeper base), left over or damaged. Whether the *weights* of the
+    base are the right ones only `load_run` can tell.
 
-    PEFT itself would pass over tensors that are missing (a deeper base), left over or damaged.
-    Whether the *weights* of the base are the right ones only ``load_run`` can tell.
-    ``allow_partial`` lets an adapter pass that was meant for some blocks only.
+    Args:
+        model: the base; it is changed.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        allow_partial: let an adapter pass that was meant for some blocks only.
+        name: what the adapter is called in the model, without dots.
+
+    Returns:
+        The model with the adapter, ready to answer.
 
     Raises:
         AdapterFileError, DamagedAdapterError, AdapterMismatchError, UntrainedAdapterError: see
-            ``qlora_edu.adapters``.
+            `qlora_edu.adapters`.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    try:
+    if "." in name or not name:
+        # PEFT keeps adapters in a ModuleDict, whose names are parts of a path.
+        raise LoRAError(f"an adapter cannot be called {name!r}; choose a name without a dot")
+    advice = "a folder with adapter_model.safetensors and adapter_config.json is wanted"
+    with reading(f"the adapter in {folder}", AdapterFileError, advice):
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
     changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
     kinds = {name.rpartition(".")[2] for name in changed}
     linear = {
@@ -175,6 +205,44 @@ def attach_adapter(
     return adapted.eval()
 
 
+def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
+    """Make sure that each layer which is to get an adapter is there.
+
+    Raises:
+        ConfigError: naming the targets that no linear layer is called by.
+    """
+    if config.targets == "all-linear" or config.method == "full":
+        return
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    for target in config.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ConfigError(
+                f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
+                f"says; {did_you_mean(target, kinds)}"
+            )
+
+
+def check_processes(config: FinetuneConfig) -> int:
+    """How many processes share the work; refuse a number, or a way, that cannot.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.gradient_accumulation_steps % processes:
+        raise ConfigError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by "
+            f"{processes} processes; choose a multiple"
+        )
+    if fsdp() and (config.save_steps or not torch.cuda.is_available()):
+        raise ConfigError(
+            "FSDP needs CUDA (on a CPU the trainer would pass over it in silence), and this course "
+            "writes no checkpoints of a base in shares: set save_steps=0"
+        )
+    return processes
+
+
 def fsdp() -> bool:
     """Was this process launched to share the base out with others (accelerate's FSDP)?"""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -183,7 +251,7 @@ def fsdp() -> bool:
 def check_one_dtype(model: torch.nn.Module) -> None:
     """Refuse a model that FSDP of version 1 cannot flatten: all its tensors must be of one dtype.
 
-    Packed 4-bit weights count with the dtype that they are stored as (``quant_storage``).
+    Packed 4-bit weights count with the dtype that they are stored as (`quant_storage`).
 
     Raises:
         ConfigError: naming the dtypes, a tensor of each, and what to set.
@@ -202,7 +270,8 @@ def check_one_dtype(model: torch.nn.Module) -> None:
 
 def locate(name: str) -> str:
     """A local path as it is, or under the repository's root if it is there; else a Hub name."""
-    return name if Path(name).exists() or not (ROOT / name).exists() else str(ROOT / name)
+    exists = os.path.exists  # which says no to what can be no path, instead of raising
+    return name if exists(name) or not exists(ROOT / name) else str(ROOT / name)
 
 
 def _check_reachable(source: str) -> None:

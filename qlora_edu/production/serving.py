@@ -1,6 +1,6 @@
 """Support for chapter 10: what a trained adapter becomes when it goes to work.
 
-There are two ways. **Merged**, ``ΔW`` is added to the weight and the adapter is gone: a plain
+There are two ways. **Merged**, `ΔW` is added to the weight and the adapter is gone: a plain
 checkpoint that any program loads, as fast as the base, in 16 bits. **Unmerged**, one base serves
 several adapters, and each request says which: a little slower, but ten assistants take the memory
 of one base and ten small files.
@@ -35,9 +35,9 @@ def merged_tensors(
 ) -> dict[str, Tensor]:
     """The weights of a PEFT model with its adapter merged, under the names of the plain model.
 
-    ``into`` is as for ``merge_weight``: ``"dequantized"``, the base that the adapter was trained
-    beside; ``"original"``, whose tensors are then wanted; or ``"4-bit"``. A base that was never
-    quantised has only one way, and ``into`` is not looked at.
+    `into` is as for `merge_weight`: `"dequantized"`, the base that the adapter was trained
+    beside; `"original"`, whose tensors are then wanted; or `"4-bit"`. A base that was never
+    quantised has only one way, and `into` is not looked at.
 
     Raises:
         LoRAError: if the adapter is more than LoRA on linear layers, if nothing is adapted, or if
@@ -86,11 +86,11 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    The folder is written whole or not at all. ``merged.json`` in it says what was merged into what.
+    The folder is written whole or not at all. `merged.json` in it says what was merged into what.
 
     Raises:
         FileExistsError: if the folder is there already.
-        LoRAError: see ``merged_tensors``.
+        LoRAError: see `merged_tensors`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -135,12 +135,12 @@ def _weight_of(layer: nn.Module) -> Tensor | QuantizedTensor:
 class AdapterShelf:
     """One base in memory, several adapters beside it, and each request takes one.
 
-    ``adapters`` gives each a name and a folder. ``model`` is changed: it gets them all. Each lies
+    `adapters` gives each a name and a folder. `model` is changed: it gets them all. Each lies
     on the base for itself; they are never added up.
 
     Raises:
         ValueError: for the name "base", which means none of them.
-        LoRAError: in the kinds of ``attach_adapter``, if a folder does not fit the base.
+        LoRAError: in the kinds of `attach_adapter`, if a folder does not fit the base.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, str | Path]) -> None:
@@ -169,7 +169,7 @@ class AdapterShelf:
             yield self.model
 
     def check(self, name: str) -> None:
-        """Raise ``UnknownAdapterError`` unless there is a system of that name."""
+        """Raise `UnknownAdapterError` unless there is a system of that name."""
         if name not in self.names:
             near = difflib.get_close_matches(name, self.names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names)}"
