@@ -225,7 +225,8 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         before = words[-1] if words else ""
-        awaited = before.startswith("--") and "=" not in before and before != "--resume"
+        is_flag = before.startswith(("--resume", "--no_", "--no-"))
+        awaited = before.startswith("--") and "=" not in before and not is_flag
         name, equals, _ = word.partition("=")
         words.append(f"--{word}" if equals and name.isidentifier() and not awaited else word)
     return words

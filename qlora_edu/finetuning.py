@@ -48,8 +48,7 @@ from qlora_edu.production.run_folder import (
 from qlora_edu.text.conversations import encode_conversations, read_conversations
 from qlora_edu.training import exact_match, generate_answers, held_out_loss, row_order
 
-SECONDS_PER_BLOCK = 0.014
-"""Least time of a block's forward, repeated and backward pass on an H100, of 7B, 33B and 65B."""
+SECONDS_PER_BLOCK = 0.014  # at least, for forward, repeated and backward pass on an H100
 
 
 def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> FinetuneResult:
@@ -91,6 +90,8 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
                     f"out of memory at {run.whereabouts()}. Training: lower batch_size, and begin "
                     "again. Measuring: lower eval_batch_size, and resume"
                 ) from error
+            except TrainingError as error:
+                raise TrainingError(f"{error} ({run.whereabouts()})") from error
         if writes:
             discard_checkpoints(folder)
         print(result.table())
@@ -140,9 +141,7 @@ def measure(run: Run) -> Scores:
     answers = generate_answers(model, run.tokenizer, prompts, config.max_new_tokens, size)
     loss = held_out_loss(model, run.encoded, size)
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"the held-out loss is {loss}; look for damaged weights, or lower learning_rate"
-        )
+        raise TrainingError(f"the held-out loss is {loss}; the weights are damaged or diverged")
     return Scores(loss, exact_match(answers, wanted) if asked else None, answers)
 
 
