@@ -142,7 +142,8 @@ def finetune(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a base and its adapters.  chat --use all"""
-    from qlora_edu.production.chat import BASE, converse, load_chat, opening_lines
+    from qlora_edu.production.chat import converse, load_chat, opening_lines
+    from qlora_edu.production.serving import BASE
     from qlora_edu.text.generation import check_sampling
 
     own = "data/base-model"

@@ -1,7 +1,7 @@
 """Chapter 10. Which of these systems is better? Judges, a tournament, and ratings.
 
 Guanaco was not measured against right answers, since a conversation has none. Answers of two
-systems to one prompt are laid side by side, a judge says which is better (or that neither is), and
+systems to one prompt are put side by side, a judge says which is better (or that neither is), and
 from many such *games* each system gets a rating: by Elo, as for chess players, or by the model that
 Elo approximates, Bradley and Terry's. Here a judge is a plain function, so that a person, a program
 or another model can be one; and every rating comes with the question that the number alone hides:
@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_edu.comparison import Interval
-from qlora_edu.errors import EvaluationError
+from qlora_edu.errors import EvaluationError, reading
 
 Row = Mapping[str, Any]
 """`{"prompt": str, "answers": {system: str}}`, and maybe `"wanted"`, the right answer."""
+
+ROW = '{"prompt": "…", "answers": {"one system": "…", "another": "…"}}'
+"""What a line of a file of answers looks like."""
 
 Judge = Callable[[Row, str, str], float]
 """`judge(row, first, second)`: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
@@ -40,25 +43,21 @@ class Game(NamedTuple):
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """Read answers to compare: JSONL, a prompt a line, with the answer of each system.
+    """Read answers to compare: JSONL, one prompt per line, with the answer of each system.
 
     Raises:
         EvaluationError: naming file and line, if a line is no JSON, lacks `prompt` or
             `answers`, has fewer than two systems, or others than the first line.
     """
-    path, rows = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read answers from {path}: {error}") from error
+    rows: list[dict[str, Any]] = []
+    with reading(path, EvaluationError, "answers are wanted as JSONL in UTF-8"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
+        with reading(where, EvaluationError, f"write {ROW} in one line"):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvaluationError(f"{where}: no JSON: {error}") from error
         _check_row(row, where)
         if rows and row["answers"].keys() != rows[0]["answers"].keys():
             raise EvaluationError(
@@ -67,19 +66,21 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     if not rows:
-        raise EvaluationError(f"{path} holds no rows")
+        raise EvaluationError(f"{path} holds no rows; write {ROW} in each line")
     return rows
 
 
 def _check_row(row: Any, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise EvaluationError(f'{where}: wants {{"prompt": "…", "answers": {{…}}}}')
+        raise EvaluationError(f"{where}: write {ROW}, and not {str(row)[:60]!r}")
     answers = row.get("answers")
     if not isinstance(answers, dict) or len(answers) < 2:
-        raise EvaluationError(f"{where}: `answers` must hold at least two systems")
+        raise EvaluationError(f"{where}: `answers` must hold two systems or more; write {ROW}")
     for system, answer in answers.items():
         if not isinstance(answer, str):
-            raise EvaluationError(f"{where}: the answer of {system!r} is no string: {answer!r}")
+            raise EvaluationError(
+                f"{where}: the answer of {system!r} must be a string, not {answer!r}; write {ROW}"
+            )
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
@@ -280,9 +281,13 @@ def relative_score(
     """
     mine, theirs = np.asarray(scores, float), np.asarray(reference, float)
     if mine.shape != theirs.shape or mine.ndim != 1 or not len(mine):
-        raise EvaluationError(f"{mine.size} scores beside {theirs.size}; need one for each prompt")
+        raise EvaluationError(
+            f"{mine.size} scores beside {theirs.size}: give one score of each for every prompt"
+        )
     if theirs.min() < 0 or theirs.sum() <= 0:
-        raise EvaluationError("the reference has no marks (or negative ones) to be a share of")
+        raise EvaluationError(
+            "the reference has no marks, or negative ones, to be a share of; give marks above 0"
+        )
     draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
     totals = theirs[draws].sum(axis=1)
     shares = 100 * mine[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
@@ -292,7 +297,7 @@ def relative_score(
 
 def _systems(games: Sequence[Game]) -> list[str]:
     if not games:
-        raise EvaluationError("no games, so no ratings")
+        raise EvaluationError("no games, so no ratings; let the systems play first")
     return list(dict.fromkeys(name for game in games for name in game[:2]))
 
 
@@ -308,7 +313,10 @@ def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
 
 
 def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
-    """A way of points must lead from every system to every other, or the likelihood has no top."""
+    """Make sure that the likelihood has a maximum.
+
+    It has one if each system took points from each other system, directly or by way of others.
+    """
     from scipy.sparse.csgraph import connected_components
 
     count, group = connected_components(wins > 0, connection="strong")

@@ -186,7 +186,7 @@ def refused(words, capsys) -> str:
         (["finetune", "--preset"], "expected one argument"),
         (["finetune", "name=../x"], "name must be a folder's name"),
         (["finetune", "output_dir="], "output_dir must be"),
-        (["finetune", "seed=18446744073709551616"], "seed must be in 0"),
+        (["finetune", "seed=18446744073709551616"], "seed must be at most"),
         (["finetune", "--config", "no/such/file.yaml"], "cannot read no/such/file.yaml"),
         (["finetune", "--config", "data"], "cannot read data"),
         (["finetune", "--config", "{binary}"], "cannot read"),

@@ -28,7 +28,7 @@ Type a message, or one of these:
   /remember on|off     hand earlier messages on, or let each stand alone
   /reset               forget the conversation
   /quit                or quit, or exit"""
-EXAMPLE = "Ada sold a lamp to Otto on Monday. Question: Who sold the lamp?"
+EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
 """Shown in the opening line: the embedded adapters read a passage, and answer about it."""
 
 
@@ -109,7 +109,7 @@ def opening_lines(chat: Chat, systems: Sequence[str]) -> str:
     """What the terminal shows first: the systems, an example, and how to get help."""
     return (
         f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help\n"
-        f"Give a passage and a question, such as: {EXAMPLE}"
+        f"Give a passage and ask about it, such as: {EXAMPLE}"
     )
 
 

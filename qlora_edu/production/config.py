@@ -19,12 +19,12 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from qlora_edu.errors import ConfigError, reading
 
 LARGEST = 2**31 - 1
-"""No count may be larger: a slip of the keyboard, and more than a library's counter holds."""
+"""No whole number may be larger: NumPy or the trainer would not take it, or overflow later."""
 AT_LEAST_ONE = (
     "r max_steps batch_size gradient_accumulation_steps max_length held_out_rows max_new_tokens "
     "eval_batch_size logging_steps save_total_limit"
 )
-NOT_NEGATIVE = "warmup_steps weight_decay save_steps sample_steps"
+NOT_NEGATIVE = "warmup_steps weight_decay seed save_steps sample_steps"
 POSITIVE = "lora_alpha learning_rate max_grad_norm"
 TEXTS = "model train_data held_out_data output_dir"
 
@@ -121,8 +121,8 @@ class FinetuneConfig:
             value = _typed(setting.name, getattr(self, setting.name), hints[setting.name])
             object.__setattr__(self, setting.name, value)
         limits = {
-            **dict.fromkeys(AT_LEAST_ONE.split(), (lambda v: 1 <= v <= LARGEST, "at least 1")),
-            **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: 0 <= v <= LARGEST, "at least 0")),
+            **dict.fromkeys(AT_LEAST_ONE.split(), (lambda v: v >= 1, "at least 1")),
+            **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: 0 <= v < math.inf, "at least 0")),
             **dict.fromkeys(POSITIVE.split(), (lambda v: 0 < v < math.inf, "above 0 and finite")),
             **dict.fromkeys(TEXTS.split(), (_is_text, "a name or a path, in printable characters")),
             "name": (
@@ -131,7 +131,6 @@ class FinetuneConfig:
             ),
             "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
             "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
-            "seed": (lambda v: 0 <= v < 2**32, "in 0 … 2**32 - 1, which is what NumPy takes"),
             "target_modules": (
                 lambda v: all(self.targets),
                 "'all-linear' or names of layers with commas between them",
@@ -139,8 +138,11 @@ class FinetuneConfig:
             "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
         }
         for name, (allowed, wanted) in limits.items():
-            if not allowed(getattr(self, name)):
-                raise ConfigError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is int and value > LARGEST:
+                raise ConfigError(f"{name} must be at most {LARGEST:,}, not {value!r}")
+            if not allowed(value):
+                raise ConfigError(f"{name} must be {wanted}, not {value!r}")
 
     @property
     def targets(self) -> str | tuple[str, ...]:

@@ -40,7 +40,6 @@ def launch(command):
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=300,
         env=settings,
     )
 
