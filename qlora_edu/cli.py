@@ -105,6 +105,9 @@ def plan(argv: Sequence[str]) -> int:
 
 def finetune(argv: Sequence[str]) -> int:
     """QLoRA from start to finish.  finetune --preset embedded --max_steps 100"""
+    from qlora_edu.production.threads import choose_threads, wait_passively
+
+    wait_passively()  # said before torch is loaded, or it is not heard
     from transformers import HfArgumentParser
 
     from qlora_edu.finetuning import finetune as run
@@ -131,6 +134,7 @@ def finetune(argv: Sequence[str]) -> int:
             action.help = argparse.SUPPRESS if action.nargs == 0 else action.help
     given = vars(_parse(parser, rest))
     settings = {field.name: given[field.name] for field in fields(FinetuneConfig)}
+    print(f"computing with {choose_threads()}")
     try:
         run(FinetuneConfig(**settings), resume=chosen.resume)
     except KeyboardInterrupt as stopped:

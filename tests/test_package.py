@@ -9,7 +9,10 @@ import pytest
 import qlora_edu
 from qlora_edu.files import ROOT
 
-HEAVY = {"transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "matplotlib"}
+HEAVY = {
+    *("transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"),
+    *("matplotlib", "scipy"),
+}
 
 
 def test_importing_and_quantising_load_no_heavy_library():
