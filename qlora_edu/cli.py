@@ -125,7 +125,7 @@ def finetune(argv: Sequence[str]) -> int:
     usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
     parser = _parser("finetune", usage, finetune, HfArgumentParser, [FinetuneConfig], [start])
     parser.set_defaults(**asdict(config))
-    metavars = {int: "N", float: "X", str: "TEXT"}
+    metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
     for action in parser._actions:
         action.required = False  # each setting has a value in the preset
         if action.dest in asdict(config):  # one spelling of each is enough to read
@@ -202,7 +202,7 @@ def _parser(
         *([settings] if settings else []),
         prog=f"qlora_edu {name}",
         usage=f"python -m qlora_edu {name} {usage}",
-        description=command.__doc__.partition("  ")[0],
+        description=(command.__doc__ or "").partition("  ")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
         parents=list(parents),
@@ -273,7 +273,7 @@ def _adapters(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, folder = pair.partition("=")
         folder = folder if equals else pair
         name = name if equals else Path(pair).name.replace(".", "_")
-        if not Path(folder).is_dir():
+        if not (name and folder and Path(folder).is_dir()):
             raise LoRAError(f"there is no folder {folder!r} to take the adapter {name!r} from")
         found[name] = folder
     return found

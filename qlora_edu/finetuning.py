@@ -137,8 +137,8 @@ def measure(run: Run) -> Scores:
     asked = run.held_out[: config.answer_rows]
     prompts = [conversation[:-1] for conversation in asked]
     wanted = [conversation[-1]["content"] for conversation in asked]
-    size = config.eval_batch_size
-    answers = generate_answers(model, run.tokenizer, prompts, config.max_new_tokens, size)
+    limit, size = config.max_new_tokens, config.eval_batch_size
+    answers = generate_answers(model, run.tokenizer, prompts, limit, size)
     loss = held_out_loss(model, run.encoded, size)
     if not math.isfinite(loss):
         raise TrainingError(f"the held-out loss is {loss}; the weights are damaged or diverged")
@@ -164,6 +164,7 @@ def adapter_config(config: FinetuneConfig) -> Any:
     """The PEFT `LoraConfig`; None for full fine-tuning."""
     from peft import LoraConfig
 
+    targets = config.targets
     if config.method == "full":
         return None
     return LoraConfig(
@@ -171,7 +172,7 @@ def adapter_config(config: FinetuneConfig) -> Any:
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.targets,
+        target_modules=targets if isinstance(targets, str) else list(targets),
         init_lora_weights=True,
         use_rslora=False,
         bias="none",
@@ -248,7 +249,7 @@ def make_trainer(
         from transformers import PrinterCallback
         from trl import SFTTrainer
 
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             model=model,
             args=trainer_settings(config, folder),
             train_dataset=Dataset.from_list(list(rows)).select(order),

@@ -56,11 +56,9 @@ class FinetuneCallback(TrainerCallback):
             run.seconds = kept["seconds"]
             run.before = Scores(**kept["before"])
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Look at the gradients, put the optimizer's state back, start the clock."""
-        check_gradients(model, collate(self.run.longest))
+        check_gradients(others["model"], collate(self.run.longest))
         if self.resume_from is not None:
             kept = json.loads((self.resume_from / PROGRESS).read_text(encoding="utf-8"))
             tensors = load_file(self.resume_from / "optimizer.safetensors")
@@ -80,25 +78,26 @@ class FinetuneCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Put the random state back, after resuming; or write a checkpoint, when one is due."""
         if self.resume_from is not None:
-            self._restore_random_state(args.world_size)
+            self._restore_random_state(self.resume_from, args.world_size)
             self.resume_from = None
         elif self._is_due(state.global_step, self.run.config.save_steps) and self.run.writes:
             self._save(state, **others)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Move the bar; let the model answer, when a sample is due."""
         self.bar.update()
         if self._is_due(state.global_step, self.run.config.sample_steps):
             prompts = [messages[:-1] for messages in self.run.held_out[:2]]
             length = self.run.config.max_new_tokens
-            answers = generate_answers(model, self.run.tokenizer, prompts, length)
+            answers = generate_answers(others["model"], self.run.tokenizer, prompts, length)
             for prompt, answer in zip(prompts, answers, strict=True):
                 asked = prompt[-1]["content"].splitlines() if prompt else []
                 question = asked[-1] if asked else ""
                 self.bar.write(f"step {state.global_step}: {question[:60]!r} -> {answer[:70]!r}")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Keep the loss; stop if it is not finite."""
+        logs = others["logs"]
         if "loss" not in logs:
             return
         self.run.losses.append((state.global_step, logs["loss"]))
@@ -141,16 +140,17 @@ class FinetuneCallback(TrainerCallback):
         folder, keep = checkpoints_of(run.folder), run.config.save_total_limit
         save_checkpoint(folder, state.global_step, write, run.metadata, keep)
 
-    def _restore_random_state(self, processes: int) -> None:
+    @staticmethod
+    def _restore_random_state(checkpoint: Path, processes: int) -> None:
         if processes > 1:
             # Each process has a random state of its own, and only that of the first is kept.
             print(f"resumed over {processes} processes: dropout is drawn anew from here")
             return
         try:
-            set_random_state(load_file(self.resume_from / "random_state.safetensors"))
+            set_random_state(load_file(checkpoint / "random_state.safetensors"))
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.resume_from / 'random_state.safetensors'} is of another version of Python, "
+                f"{checkpoint / 'random_state.safetensors'} is of another version of Python, "
                 f"NumPy or PyTorch ({error}); resume with the versions that the run began with"
             ) from error
 

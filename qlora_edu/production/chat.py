@@ -65,7 +65,7 @@ class Chat:
         self.shelf.check(system)
         check_sampling(self.temperature, self.top_p)
         past = self.history.get(system, []) if self.remember else []
-        messages = [*past, {"role": "user", "content": message.strip()}]
+        messages: list[Message] = [*past, {"role": "user", "content": message.strip()}]
         text = ""
         settings = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
         with self.shelf.using(system) as model:
@@ -182,7 +182,7 @@ def _set(chat: Chat, command: str, word: str) -> None:
         number = float(word) if command == "/temperature" else int(word)
     except ValueError:
         raise GenerationError(f"{command} wants a number, not {word!r}") from None
-    if command == "/temperature":
+    if isinstance(number, float):
         check_sampling(number, chat.top_p)
         chat.temperature = number
     elif number < 1:

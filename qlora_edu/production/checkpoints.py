@@ -53,7 +53,7 @@ def fingerprint(source: str | Path) -> str:
         folder = Path(
             snapshot_download(str(source), allow_patterns=patterns, local_files_only=True)
         )
-    place = {}
+    place: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with reading(path, CheckpointError, "download it again"), safe_open(path, "pt") as file:
             place |= dict.fromkeys(file.keys(), path)
@@ -163,7 +163,7 @@ def cannot_write(target: Path, error: Exception) -> CheckpointError:
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints in `folder`, good or bad, the oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -123,6 +123,7 @@ class FinetuneResult:
     @classmethod
     def of(cls, run: Run) -> Self:
         """The result of a run that is measured twice and trained between."""
+        assert run.before and run.after
         return cls(
             config=run.config,
             folder=run.folder,
@@ -258,8 +259,8 @@ def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
         CheckpointError: if nothing can be written there; before an hour of training, not after it.
     """
     if not writes:
-        with tempfile.TemporaryDirectory() as part:
-            yield Path(part)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
         return
     with contextlib.ExitStack() as stack:
         try:
