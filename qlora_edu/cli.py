@@ -9,6 +9,7 @@ by Ctrl-C, and 1 if anything else was in the way (`plan`: if the step does not f
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {command!r}; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[command](rest)
+        status = COMMANDS[command](rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `plan llama-7b | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SystemExit as finished:  # argparse has printed its help, or what is wrong
         return int(finished.code or 0)
     except (QloraError, OSError) as error:

@@ -154,6 +154,14 @@ def test_output_survives_any_terminal(tiny, tmp_path, encoding):
     assert b"held-out loss" in done.stdout.splitlines()[-1]
 
 
+def test_a_reader_that_stops_reading_is_no_error(shape):
+    words = [sys.executable, "-m", "qlora_edu", "plan", shape]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1 and b"roken" not in said
+
+
 # Junk
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_base, make_rows, write_jsonl
 
 from qlora_edu import finetune as run_finetune
@@ -475,6 +475,24 @@ def test_a_model_out_of_reach_is_named_with_a_way_out(config, capfd, monkeypatch
     for part in ("'nobody/no-model'", "no route to the Hub", "hf download", "'embedded'"):
         assert part in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_tensors_that_are_missing_or_left_out_are_said(config, tmp_path, change, capsys):
+    folder = make_base(tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    if change == "fewer":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    else:
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = config.replace(model=str(folder))
+    if change == "fewer":
+        with pytest.raises(ModelUnavailableError, match="lack the tensor model.layers.1.mlp.up_"):
+            load_base(settings)
+    else:
+        load_base(settings)
+        assert "knows no layer for the tensor model.layers.2.mlp.up_proj" in capsys.readouterr().out
 
 
 def test_pickled_weights_are_never_loaded(config, tmp_path):

@@ -71,6 +71,22 @@ def fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
+def config_fingerprint(source: str | Path) -> str:
+    """SHA-256 over what the base's `config.json` says; by which version it was written is left out.
+
+    The same weights under another `rms_norm_eps` or `rope_theta` are another model.
+    """
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = Path(try_to_load_from_cache(str(source), "config.json") or path)
+    with reading(path, CheckpointError, "download it again"):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        said = {k: v for k, v in said.items() if k not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `manifest.json`: `metadata`, and the SHA-256 sum of every file in `folder`."""
     sums = {name: _sum(folder / name) for name in _files(folder)}

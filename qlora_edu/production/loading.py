@@ -5,6 +5,7 @@ bitsandbytes are loaded so that they stay trainable, whatever is evaluated first
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         _check_reachable(source)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=getattr(torch, config.base_dtype),
                 quantization_config=quantization_config(config),
@@ -76,6 +77,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
@@ -90,6 +92,16 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "--local-dir FOLDER') and set model=FOLDER, or use the preset 'embedded', which needs "
             "no network"
         ) from error
+    if found["missing_keys"]:
+        raise ModelUnavailableError(
+            f"the weights of {config.model!r} lack {_some(found['missing_keys'])}, which would be "
+            "drawn at random; download it again"
+        )
+    if found["unexpected_keys"]:
+        print(
+            f"warning: config.json of {config.model!r} knows no layer for "
+            f"{_some(found['unexpected_keys'])}: left out"
+        )
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -101,6 +113,11 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             f"RANDOM WEIGHTS: {config.model} was never trained; time and memory are real, no more"
         )
     return model, tokenizer
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} other tensors" if others else f"the tensor {first}"
 
 
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:

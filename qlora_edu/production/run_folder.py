@@ -23,6 +23,7 @@ from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.production.checkpoints import (
     cannot_write,
     checkpoints,
+    config_fingerprint,
     fingerprint,
     verify_manifest,
     write_manifest,
@@ -32,10 +33,10 @@ from qlora_edu.text.conversations import Conversation
 
 STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
 CHANGEABLE = (
-    "name output_dir eval_batch_size logging_steps save_steps save_total_limit sample_steps"
+    "name output_dir model train_data held_out_data eval_batch_size logging_steps save_steps "
+    "save_total_limit sample_steps"
 ).split()
-"""Settings that decide neither the weights nor which rows are measured: a resumed run may change
-them."""
+"""Settings that a resumed run may change: they decide nothing, or the sums of what they name do."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def run_metadata(
     return {
         "base_model": config.model,
         "base_sha256": fingerprint(locate(config.model)),
+        "base_config_sha256": config_fingerprint(locate(config.model)),
         "rows_sha256": _sum_of_rows(rows),
         "held_out_sha256": _sum_of_rows(held_out),
         "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
@@ -318,11 +320,15 @@ def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any])
             f"{checkpoint} is of a run with other settings: {was}. Resume with the same settings, "
             "or start a new run"
         )
-    for rows, data in (("rows_sha256", "train_data"), ("held_out_sha256", "held_out_data")):
-        if saved.get(rows) != now[rows]:
+    for key, what in (
+        ("base_config_sha256", f"config.json of the base {now['base_model']!r}"),
+        ("rows_sha256", f"training rows than {now['config']['train_data']!r} holds now"),
+        ("held_out_sha256", f"held-out rows than {now['config']['held_out_data']!r} holds now"),
+    ):
+        if saved.get(key) != now[key]:
             raise CheckpointError(
-                f"{checkpoint} was made with other rows than {now['config'][data]!r} holds now, "
-                f"the {data}; bring the file back as it was, or start a new run"
+                f"{checkpoint} was made with other {what}; bring the file back as it was, or start "
+                "a new run"
             )
     for name, then in saved["versions"].items():
         if then != now["versions"].get(name):

@@ -446,7 +446,7 @@ def test_other_settings_or_rows_are_refused_by_name(config, stop_at, tmp_path):
     moved = config.replace(train_data=str(changed), output_dir=str(tmp_path / "second"))
     interrupted(moved, stop_at)
     changed.write_text("".join(reversed(rows)))
-    with pytest.raises(CheckpointError, match="made with other rows than .* the train_data"):
+    with pytest.raises(CheckpointError, match="made with other training rows than"):
         run_finetune(moved, progress=False, resume=True)
 
 
@@ -457,13 +457,34 @@ def test_held_out_rows_may_not_change_between_kill_and_resume(config, stop_at, t
     config = config.replace(held_out_data=str(held_out))
     interrupted(config, stop_at)
     held_out.write_text("".join(reversed(rows)))
-    with pytest.raises(CheckpointError, match="the held_out_data; bring the file back"):
+    with pytest.raises(
+        CheckpointError, match="made with other held-out rows .* bring the file back"
+    ):
         run_finetune(config, progress=False, resume=True)
 
 
-def test_what_decides_no_weight_may_be_changed_by_who_resumes(config, stop_at, uninterrupted):
+def test_a_base_whose_configuration_has_changed_is_refused(config, stop_at, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    config = config.replace(model=str(other))
     interrupted(config, stop_at)
-    changes = {"eval_batch_size": 1, "save_total_limit": 3, "sample_steps": 0, "save_steps": 5}
+    said = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-2}))
+    with pytest.raises(CheckpointError, match="made with other config.json of the base"):
+        run_finetune(config, progress=False, resume=True)
+
+
+def test_what_decides_no_weight_may_be_changed_by_who_resumes(
+    config, stop_at, uninterrupted, tmp_path
+):
+    interrupted(config, stop_at)
+    moved = shutil.copy(config.train_data, tmp_path / "moved.jsonl")
+    changes = {
+        "train_data": str(moved),
+        "eval_batch_size": 1,
+        "save_total_limit": 3,
+        "sample_steps": 0,
+        "save_steps": 5,
+    }
     result = run_finetune(config.replace(**changes), progress=False, resume=True)
     assert weights(result.folder) == uninterrupted[0]
 
