@@ -101,6 +101,7 @@ def test_guanaco_presets_are_the_papers():
         ({"r": True}, "r must be of type int, not True"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be of type float"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"weight_decay": float("inf")}, "weight_decay must be at least 0"),
