@@ -17,7 +17,7 @@ nothing of this course may catch that one.
 | this machine | `NotReadyError` |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,15 @@ class QuantizationError(QloraError, ValueError):
 
 
 class LoRAError(QloraError, ValueError):
-    """An adapter was asked for, loaded or merged in a way that cannot work."""
+    """An adapter was asked for, loaded or merged in a way that cannot work.
+
+    Attributes:
+        tensors: the names of all its tensors that do not fit; the message lists the first.
+    """
+
+    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
 
 
 class PlanError(QloraError, ValueError):
@@ -42,7 +50,7 @@ class DoesNotFitError(QloraError, MemoryError):
     """A step would need more memory than there is."""
 
 
-class PagingError(QloraError):
+class PagingError(QloraError, ValueError):
     """The paged optimizer cannot be made, run or loaded as asked; nothing has been changed."""
 
 
