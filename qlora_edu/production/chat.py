@@ -181,7 +181,7 @@ def _set(chat: Chat, command: str, word: str) -> None:
     try:
         number = float(word) if command == "/temperature" else int(word)
     except ValueError:
-        raise GenerationError(f"{command} wants a number, not {word!r}") from None
+        raise GenerationError(f"{command} wants a number after it, and not {word!r}") from None
     if isinstance(number, float):
         check_sampling(number, chat.top_p)
         chat.temperature = number

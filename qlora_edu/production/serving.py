@@ -53,7 +53,9 @@ def merged_tensors(
     config = model.peft_config[model.active_adapter]
     for field in ("modules_to_save", "use_dora", "trainable_token_indices"):
         if getattr(config, field, None):
-            raise LoRAError(f"this adapter has {field}; only plain LoRA can be merged here")
+            raise LoRAError(
+                f"this adapter has {field}; only plain LoRA can be merged here: merge it with PEFT"
+            )
     base, merged, changed = model.get_base_model(), {}, 0
     for name, parameter in base.named_parameters():
         if "lora_" in name:
@@ -74,10 +76,15 @@ def merged_tensors(
         else:
             total = weight.float() + delta.float()
             if not total.isfinite().all():
-                raise LoRAError(f"merging would write NaN or infinity into {plain_name}")
+                raise LoRAError(
+                    f"merging would write NaN or infinity into {plain_name}: the adapter or the base "
+                    "is damaged; load them again"
+                )
             merged[plain_name] = total.to(dtype)
     if not changed:
-        raise LoRAError("no layer of this model is adapted, so there is nothing to merge")
+        raise LoRAError(
+            "no layer of this model is adapted; attach an adapter, or nothing is to merge"
+        )
     return merged
 
 
@@ -114,7 +121,9 @@ def write_merged(
     plain.tie_weights()
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if left:
-        raise LoRAError(f"the merged model lacks {', '.join(left)}; is it of another architecture?")
+        raise LoRAError(
+            f"the merged model lacks {', '.join(left)}; give the model that was fine-tuned, whole"
+        )
     adapter = model.peft_config[model.active_adapter]
     metadata = {
         "base_model": adapter.base_model_name_or_path,

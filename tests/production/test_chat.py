@@ -122,7 +122,12 @@ def test_the_terminal_answers_obeys_and_goes_on_after_an_error(chat):
         "never read",
     )
     assert "all: {" in shown and 'record: {"lender"' in shown
-    for words in ("empty", "did you mean 'record'", "in use: record", "wants a number, not 'hot'"):
+    for words in (
+        "empty",
+        "did you mean 'record'",
+        "in use: record",
+        "wants a number after it, and not 'hot'",
+    ):
         assert words in shown
     assert "at least 1" in shown and "/compare NAME NAME" in shown
     assert (chat.temperature, chat.max_new_tokens, chat.remember) == (0.5, 7, True)

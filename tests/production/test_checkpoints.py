@@ -831,7 +831,7 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     with pytest.raises(AdapterMismatchError, match=says):
         attach_adapter(model, copied)
     assert [name for name, _ in model.named_parameters()] == names
-    if change == "deeper":  # said to be on purpose, it is laid on the two blocks that it is for
+    if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
         model = attach_adapter(model, copied, allow_partial=True)
         assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
 
@@ -848,7 +848,7 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
         ),
     ],
 )
-def test_a_hollow_adapter_is_refused(copied, base, spoil, error, says):
+def test_an_adapter_that_is_empty_damaged_or_untrained_is_refused(copied, base, spoil, error, says):
     from transformers import AutoModelForCausalLM
 
     file = copied / "adapter_model.safetensors"
