@@ -77,8 +77,8 @@ def merged_tensors(
             total = weight.float() + delta.float()
             if not total.isfinite().all():
                 raise LoRAError(
-                    f"merging would write NaN or infinity into {plain_name}: the adapter or the base "
-                    "is damaged; load them again"
+                    f"merging would write NaN or infinity into {plain_name}: adapter or base are "
+                    "damaged; load them again"
                 )
             merged[plain_name] = total.to(dtype)
     if not changed:
