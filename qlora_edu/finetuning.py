@@ -8,25 +8,28 @@ defaults of these libraries are traps (`BitsAndBytesConfig` alone would give FP4
 double quantisation).
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import DoesNotFitError, PlanError, TrainingError
+from qlora_edu.errors import DataError, DoesNotFitError, PlanError, TrainingError, reading
 from qlora_edu.memory import GIB, MemoryPlan, check_lengths, plan_memory
 from qlora_edu.planner.fake_step import StepSettings
-from qlora_edu.production.checkpoints import latest_checkpoint
+from qlora_edu.production.checkpoints import check_metadata, latest_checkpoint, run_metadata
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import (
     check_one_dtype,
+    check_positions,
     check_processes,
+    check_questions,
     check_targets,
     fsdp,
     load_base,
@@ -36,12 +39,9 @@ from qlora_edu.production.run_folder import (
     FinetuneResult,
     Run,
     Scores,
-    check_metadata,
     checkpoints_of,
     choose_output_dir,
-    discard_checkpoints,
     discard_unfinished,
-    run_metadata,
     unfinished,
     write_run,
 )
@@ -68,10 +68,7 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
     """
     # Of several processes the first talks and writes; the others compute as it does.
     writes = int(os.environ.get("RANK", 0)) == 0
-    with contextlib.ExitStack() as stack:
-        if not writes:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    with nullcontext() if writes else redirect_stdout(StringIO()):
         if resume and writes:
             discard_unfinished(config)
         folder = choose_output_dir(config, resume)
@@ -92,8 +89,6 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
                 ) from error
             except TrainingError as error:
                 raise TrainingError(f"{error} ({run.whereabouts()})") from error
-        if writes:
-            discard_checkpoints(folder)
         print(result.table())
         print(f"run folder {folder}; the training time leaves out loading and both measurements")
         print(result.closing_line())
@@ -110,14 +105,20 @@ def prepare(run: Run, resume: bool) -> None:
     check_targets(model, config)
     held_out = read_conversations(locate(config.held_out_data), "test")
     run.held_out = held_out[: config.held_out_rows]
-    run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
     train_data = read_conversations(locate(config.train_data), "train")
-    run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
-    run.metadata = run_metadata(config, run.rows, run.encoded)
+    check_questions(run.held_out + train_data)
+    with reading(
+        f"the rows by the chat template of {config.model}", DataError, "mend the template"
+    ):
+        run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
+        run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
+    check_positions(model, run.rows + run.encoded)
+    run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
     run.warn_of_long_answers()
     if found:
         run.checkpoint, metadata = found
         check_metadata(run.checkpoint, metadata, run.metadata)
+        print(f"resumed from {run.checkpoint.name}: step {metadata['step']} of {config.max_steps}")
     elif resume:
         print(f"no checkpoint in {saved} yet: the run starts from its beginning")
     run.trainer = make_trainer(config, model, run.tokenizer, run.rows, run.part)
@@ -127,8 +128,6 @@ def prepare(run: Run, resume: bool) -> None:
     print(f"{config.method}: {config.model}, {run.trainable_parameters:,} parameters to train")
     if run.trainer.args.world_size > 1:
         print(f"{run.trainer.args.world_size} processes share the rows of each step")
-    if found:
-        print(f"resumed from {found[0].name}: step {found[1]['step']} of {config.max_steps}")
 
 
 def measure(run: Run) -> Scores:

@@ -331,6 +331,29 @@ def test_bad_training_data_stops_the_run_with_its_line(config, tmp_path):
         run_finetune(config.replace(train_data=str(bad)))
 
 
+def test_rows_beyond_the_positions_of_the_model_are_refused(config, tmp_path):
+    long = make_rows(1)
+    long[0]["messages"][0]["content"] *= 40
+    data = write_jsonl(tmp_path / "long.jsonl", long)
+    with pytest.raises(DataError, match="knows 256 positions; lower max_length"):
+        run_finetune(config.replace(train_data=str(data), max_length=4096))
+
+
+def test_a_row_that_asks_nothing_is_named(config, tmp_path):
+    rows = [*make_rows(1), {"messages": [{"role": "assistant", "content": "Hello."}]}]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 begins with an answer"):
+        run_finetune(config.replace(held_out_data=data))
+
+
+@pytest.mark.parametrize("template", ["{% if", "{{ x.y.z }}"])
+def test_a_chat_template_that_does_not_work_is_named(config, tmp_path, template):
+    folder = make_base(tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=f"template of {folder}.*mend the template"):
+        run_finetune(config.replace(model=str(folder)))
+
+
 # The gradient check
 
 

@@ -91,8 +91,7 @@ class FinetuneCallback(TrainerCallback):
             length = self.run.config.max_new_tokens
             answers = generate_answers(others["model"], self.run.tokenizer, prompts, length)
             for prompt, answer in zip(prompts, answers, strict=True):
-                asked = prompt[-1]["content"].splitlines() if prompt else []
-                question = asked[-1] if asked else ""
+                question = (prompt[-1]["content"].splitlines() or [""])[-1]
                 self.bar.write(f"step {state.global_step}: {question[:60]!r} -> {answer[:70]!r}")
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:

@@ -17,7 +17,9 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,23 @@ from torch import Tensor
 
 from qlora_edu.errors import CheckpointError, DamagedFileError, reading
 from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.production.config import FinetuneConfig
 
 MANIFEST = "manifest.json"
+STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
+CHANGEABLE = (
+    "name output_dir model train_data held_out_data eval_batch_size logging_steps save_steps "
+    "save_total_limit sample_steps"
+).split()
+"""Settings that a resumed run may change: they decide nothing, or the sums of what they name do."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def fingerprint(source: str | Path) -> str:
     """SHA-256 over the base model's weights: names, dtypes, shapes and bytes, in order of name.
 
-    Into how many files the weights are split makes no difference. Some 1 GB per second on one core.
-
-    Args:
-        source: a folder, or the name of a Hub model that has been downloaded.
+    `source` is a folder, or the name of a Hub model that has been downloaded. Into how many files
+    the weights are split makes no difference. Some 1 GB per second on one core.
 
     Raises:
         CheckpointError: if there are no safetensors, or they cannot be read.
@@ -85,6 +92,69 @@ def config_fingerprint(source: str | Path) -> str:
         said = json.loads(path.read_text(encoding="utf-8"))
         said = {k: v for k, v in said.items() if k not in ("transformers_version", "_name_or_path")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def run_metadata(
+    config: FinetuneConfig,
+    source: str,
+    rows: Iterable[dict[str, list[int]]],
+    held_out: Iterable[dict[str, list[int]]] = (),
+) -> dict[str, Any]:
+    """What a checkpoint or an adapter belongs to: settings, base, rows and versions."""
+    return {
+        "base_model": config.model,
+        "base_sha256": fingerprint(source),
+        "base_config_sha256": config_fingerprint(source),
+        "rows_sha256": _sum_of_rows(rows),
+        "held_out_sha256": _sum_of_rows(held_out),
+        "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
+        "versions": {name: version(name) for name in STACK},
+    }
+
+
+def _sum_of_rows(rows: Iterable[dict[str, list[int]]]) -> str:
+    return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
+
+
+def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume from what belongs to another run; say it if only versions differ.
+
+    Settings that change neither weights nor measurements (`CHANGEABLE`) may be others.
+
+    Raises:
+        CheckpointError: if base model, settings, training rows or held-out rows are others.
+    """
+    if saved["base_sha256"] != now["base_sha256"]:
+        raise CheckpointError(
+            f"{checkpoint} belongs to the base {saved['base_model']!r} with other weights than "
+            f"{now['base_model']!r} has now; resume with the base that the run began with"
+        )
+    names = sorted((saved["config"].keys() | now["config"].keys()) - set(CHANGEABLE))
+    other = [n for n in names if saved["config"].get(n) != now["config"].get(n)]
+    if other:
+        was = ", ".join(
+            f"{n} was {saved['config'].get(n)!r} and is {now['config'].get(n)!r}" for n in other
+        )
+        raise CheckpointError(
+            f"{checkpoint} is of a run with other settings: {was}. Resume with the same settings, "
+            "or start a new run"
+        )
+    for key, what in (
+        ("base_config_sha256", f"config.json of the base {now['base_model']!r}"),
+        ("rows_sha256", f"training rows than {now['config']['train_data']!r} holds now"),
+        ("held_out_sha256", f"held-out rows than {now['config']['held_out_data']!r} holds now"),
+    ):
+        if saved.get(key) != now[key]:
+            raise CheckpointError(
+                f"{checkpoint} was made with other {what}; bring the file back as it was, or start "
+                "a new run"
+            )
+    for name, then in saved["versions"].items():
+        if then != now["versions"].get(name):
+            print(
+                f"warning: {name} was {then} and is {now['versions'].get(name)}: the run goes on, "
+                "but perhaps not to the same bits"
+            )
 
 
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ Weights come from safetensors only, and no code from the Hub is ever run. The 4-
 bitsandbytes are loaded so that they stay trainable, whatever is evaluated first.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DoesNotFitError,
     LoRAError,
     ModelUnavailableError,
@@ -25,7 +27,7 @@ from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.production.checkpoints import fingerprint, verify_manifest
 from qlora_edu.production.config import FinetuneConfig, did_you_mean
-from qlora_edu.text.conversations import GUANACO_TEMPLATE
+from qlora_edu.text.conversations import GUANACO_TEMPLATE, Conversation
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
@@ -238,6 +240,35 @@ def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
                 f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
                 f"says; {did_you_mean(target, kinds)}"
             )
+
+
+def check_questions(conversations: Iterable[Conversation]) -> None:
+    """Make sure that something is asked before the first answer of each.
+
+    Raises:
+        DataError: naming the row.
+    """
+    for conversation in conversations:
+        if conversation[0]["role"] == "assistant":
+            raise DataError(
+                f"{conversation.where} begins with an answer, so that nothing is asked; put the "
+                "question before it, or drop the row"
+            )
+
+
+def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
+    """Make sure that the model has a position for each token of each row.
+
+    Raises:
+        DataError: naming the longest row's tokens, and what to do.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max(len(row["input_ids"]) for row in rows)
+    if longest > positions:
+        raise DataError(
+            f"the longest row has {longest:,} tokens, and the model knows {positions:,} positions; "
+            "lower max_length to that"
+        )
 
 
 def check_processes(config: FinetuneConfig) -> int:

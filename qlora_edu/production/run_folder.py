@@ -5,7 +5,6 @@ takes its name in one move at the end. A fine-tune killed half-way leaves no fol
 """
 
 import contextlib
-import hashlib
 import json
 import platform
 import shutil
@@ -18,25 +17,22 @@ from typing import Any, Self
 
 import torch
 
-from qlora_edu.errors import CheckpointError, DamagedFileError, RunExistsError, TrainingError
+from qlora_edu.errors import (
+    DamagedFileError,
+    QloraError,
+    RunExistsError,
+    TrainingError,
+)
 from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.production.checkpoints import (
+    STACK,
     cannot_write,
     checkpoints,
-    config_fingerprint,
-    fingerprint,
     verify_manifest,
     write_manifest,
 )
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import Conversation
-
-STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
-CHANGEABLE = (
-    "name output_dir model train_data held_out_data eval_batch_size logging_steps save_steps "
-    "save_total_limit sample_steps"
-).split()
-"""Settings that a resumed run may change: they decide nothing, or the sums of what they name do."""
 
 
 @dataclass(frozen=True)
@@ -254,88 +250,30 @@ def discard_unfinished(config: FinetuneConfig) -> None:
 
 @contextlib.contextmanager
 def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
-    """The hidden folder that becomes `folder` at the end; a temporary one for who writes nothing.
+    """The hidden folder that becomes `folder`, in place of its checkpoints, when all is written.
+
+    A process that writes nothing gets a temporary one.
 
     Raises:
-        CheckpointError: if nothing can be written there; before an hour of training, not after it.
+        CheckpointError: if the disk refuses; if it can be known, before an hour of training.
     """
+    from safetensors import SafetensorError
+
     if not writes:
         with tempfile.TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
         return
-    with contextlib.ExitStack() as stack:
-        try:
-            part = stack.enter_context(whole_or_absent(folder))
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        yield part
+    try:
+        with whole_or_absent(folder) as part:
+            yield part
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, QloraError):
+            raise
+        raise cannot_write(folder, error) from error
+    discard_checkpoints(folder)
 
 
 # What is written
-
-
-def run_metadata(
-    config: FinetuneConfig,
-    rows: Iterable[dict[str, list[int]]],
-    held_out: Iterable[dict[str, list[int]]] = (),
-) -> dict[str, Any]:
-    """What a checkpoint or an adapter belongs to: settings, base model, rows and versions."""
-    from qlora_edu.production.loading import locate
-
-    return {
-        "base_model": config.model,
-        "base_sha256": fingerprint(locate(config.model)),
-        "base_config_sha256": config_fingerprint(locate(config.model)),
-        "rows_sha256": _sum_of_rows(rows),
-        "held_out_sha256": _sum_of_rows(held_out),
-        "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
-        "versions": {name: version(name) for name in STACK},
-    }
-
-
-def _sum_of_rows(rows: Iterable[dict[str, list[int]]]) -> str:
-    return hashlib.sha256(json.dumps([list(row.values()) for row in rows]).encode()).hexdigest()
-
-
-def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to resume from what belongs to another run; say it if only versions differ.
-
-    Settings that change neither weights nor measurements (`CHANGEABLE`) may be others.
-
-    Raises:
-        CheckpointError: if base model, settings, training rows or held-out rows are others.
-    """
-    if saved["base_sha256"] != now["base_sha256"]:
-        raise CheckpointError(
-            f"{checkpoint} belongs to the base {saved['base_model']!r} with other weights than "
-            f"{now['base_model']!r} has now; resume with the base that the run began with"
-        )
-    names = sorted((saved["config"].keys() | now["config"].keys()) - set(CHANGEABLE))
-    other = [n for n in names if saved["config"].get(n) != now["config"].get(n)]
-    if other:
-        was = ", ".join(
-            f"{n} was {saved['config'].get(n)!r} and is {now['config'].get(n)!r}" for n in other
-        )
-        raise CheckpointError(
-            f"{checkpoint} is of a run with other settings: {was}. Resume with the same settings, "
-            "or start a new run"
-        )
-    for key, what in (
-        ("base_config_sha256", f"config.json of the base {now['base_model']!r}"),
-        ("rows_sha256", f"training rows than {now['config']['train_data']!r} holds now"),
-        ("held_out_sha256", f"held-out rows than {now['config']['held_out_data']!r} holds now"),
-    ):
-        if saved.get(key) != now[key]:
-            raise CheckpointError(
-                f"{checkpoint} was made with other {what}; bring the file back as it was, or start "
-                "a new run"
-            )
-    for name, then in saved["versions"].items():
-        if then != now["versions"].get(name):
-            print(
-                f"warning: {name} was {then} and is {now['versions'].get(name)}: the run goes on, "
-                "but perhaps not to the same bits"
-            )
 
 
 def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:

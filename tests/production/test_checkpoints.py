@@ -492,8 +492,8 @@ def test_what_decides_no_weight_may_be_changed_by_who_resumes(
 def test_other_versions_are_said(config, stop_at, monkeypatch, capsys):
 
     interrupted(config, stop_at)
-    real = run_folder.version
-    monkeypatch.setattr(run_folder, "version", lambda n: "9" if n == "trl" else real(n))
+    real = module.version
+    monkeypatch.setattr(module, "version", lambda n: "9" if n == "trl" else real(n))
     run_finetune(config, progress=False, resume=True)
     assert "warning: trl was 1." in capsys.readouterr().out
 
@@ -536,7 +536,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     original = FinetuneCallback.on_step_end
 
     def poison(self, args, state, control, model, **others):
-        original(self, args, state, control, model, **others)
+        original(self, args, state, control, model=model, **others)
         if state.global_step == 6:
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
@@ -673,6 +673,18 @@ def test_a_run_folder_that_cannot_be_written_is_said_before_anything_is_loaded(c
     settings = config.replace(output_dir=str(tmp_path / "file" / "run"), model="nobody/nothing")
     with pytest.raises(CheckpointError, match="cannot write .*run .*Look at the folder"):
         run_finetune(settings, progress=False)
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoints(config, uninterrupted, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_manifest", full)
+    with pytest.raises(CheckpointError, match="cannot write .*run .*Free some space, then resume"):
+        run_finetune(config, progress=False)
+    monkeypatch.undo()
+    result = run_finetune(config, progress=False, resume=True)
+    assert weights(result.folder) == uninterrupted[0]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
