@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import DataError, DoesNotFitError, PlanError, TrainingError, reading
+from qlora_edu.errors import DataError, PlanError, TrainingError, reading
 from qlora_edu.memory import GIB, MemoryPlan, check_lengths, plan_memory
 from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.production.checkpoints import check_metadata, latest_checkpoint, run_metadata
@@ -74,21 +74,12 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
         folder = choose_output_dir(config, resume)
         with unfinished(folder, writes) as part:
             run = Run(config=config, folder=folder, part=part, writes=writes, progress=progress)
-            try:
+            with run.saying_where():
                 prepare(run, resume)
                 run.before = run.before or measure(run)
                 train(run)
                 run.after = measure(run)
                 result = write(run)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped at {run.whereabouts()}") from None
-            except torch.OutOfMemoryError as error:
-                raise DoesNotFitError(
-                    f"out of memory at {run.whereabouts()}. Training: lower batch_size, and begin "
-                    "again. Measuring: lower eval_batch_size, and resume"
-                ) from error
-            except TrainingError as error:
-                raise TrainingError(f"{error} ({run.whereabouts()})") from error
         print(result.table())
         print(f"run folder {folder}; the training time leaves out loading and both measurements")
         print(result.closing_line())
@@ -107,9 +98,8 @@ def prepare(run: Run, resume: bool) -> None:
     run.held_out = held_out[: config.held_out_rows]
     train_data = read_conversations(locate(config.train_data), "train")
     check_questions(run.held_out + train_data)
-    with reading(
-        f"the rows by the chat template of {config.model}", DataError, "mend the template"
-    ):
+    rows = f"the rows by the chat template of {config.model}"
+    with reading(rows, DataError, "mend the template"):
         run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
         run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
     check_positions(model, run.rows + run.encoded)
@@ -169,7 +159,7 @@ def adapter_config(config: FinetuneConfig) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         init_lora_weights=True,

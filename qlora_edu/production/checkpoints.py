@@ -352,7 +352,8 @@ def _load_into_bitsandbytes(
 def random_state() -> dict[str, Tensor]:
     """The states of all random number generators that training draws from, as tensors."""
     _, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy_state
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),

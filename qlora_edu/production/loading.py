@@ -71,7 +71,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         _check_reachable(source)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=getattr(torch, config.base_dtype),
                 quantization_config=quantization_config(config),
@@ -94,6 +94,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "--local-dir FOLDER') and set model=FOLDER, or use the preset 'embedded', which needs "
             "no network"
         ) from error
+    model, found = loaded
     if found["missing_keys"]:
         raise ModelUnavailableError(
             f"the weights of {config.model!r} lack {_some(found['missing_keys'])}, which would be "

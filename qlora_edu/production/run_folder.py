@@ -19,6 +19,7 @@ import torch
 
 from qlora_edu.errors import (
     DamagedFileError,
+    DoesNotFitError,
     QloraError,
     RunExistsError,
     TrainingError,
@@ -93,6 +94,21 @@ class Run:
                 f"warning: {long} held-out answer{'s have' if long > 1 else ' has'} more than "
                 f"max_new_tokens={limit} tokens, so generation stops before their end"
             )
+
+    @contextlib.contextmanager
+    def saying_where(self) -> Iterator[None]:
+        """Add to whatever ends the run how far it had come, and from where it can go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at {self.whereabouts()}") from None
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of memory at {self.whereabouts()}. Training: lower batch_size, and begin "
+                "again. Measuring: lower eval_batch_size, and resume"
+            ) from error
+        except TrainingError as error:
+            raise TrainingError(f"{error} ({self.whereabouts()})") from error
 
     def whereabouts(self) -> str:
         """How far the run has come, and the step from which it can go on."""
