@@ -6,7 +6,7 @@ bitsandbytes are loaded so that they stay trainable, whatever is evaluated first
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,7 @@ def attach_adapter(
     with reading(f"the adapter in {folder}", AdapterFileError, advice):
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
+        _check_adapter(config, tensors)
     changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
     kinds = {name.rpartition(".")[2] for name in changed}
     linear = {
@@ -207,6 +208,9 @@ def attach_adapter(
             "was trained on, or allow_partial=True if some blocks were left out on purpose",
             left_out,
         )
+    if isinstance(config.target_modules, str):
+        # A regular expression of a stranger may take for ever; the tensors say which layers.
+        config.target_modules = sorted(changed)
     several = hasattr(model, "peft_config")
     config.base_model_name_or_path = None  # PEFT writes down what the base is called here
     with quiet():
@@ -223,6 +227,28 @@ def attach_adapter(
             raise
         fill(adapted, tensors, adapter_name=name)
     return adapted.eval()
+
+
+def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse, before a base is touched, settings and tensors that no LoRA adapter has."""
+    if not hasattr(config, "lora_alpha"):
+        raise AdapterFileError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    for name, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+            raise AdapterFileError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterFileError(
+                f"{name} is of {tensor.dtype}, which no adapter is; save it again"
+            )
+        if "lora_A.weight" in name and tensor.shape[0] not in ranks:
+            raise AdapterMismatchError(
+                f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
+                f"{config.r}; take both files from one place",
+                [name],
+            )
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:

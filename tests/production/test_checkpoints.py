@@ -24,7 +24,13 @@ from torch import nn
 from qlora_edu import finetune as run_finetune
 from qlora_edu.adapters import AdapterMismatchError, DamagedAdapterError, UntrainedAdapterError
 from qlora_edu.cli import main
-from qlora_edu.errors import CheckpointError, DamagedFileError, RunExistsError, TrainingError
+from qlora_edu.errors import (
+    CheckpointError,
+    DamagedFileError,
+    LoRAError,
+    RunExistsError,
+    TrainingError,
+)
 from qlora_edu.files import atomic
 from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.files.peft_format import AdapterFileError
@@ -846,6 +852,56 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
         model = attach_adapter(model, copied, allow_partial=True)
         assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 1e308}, "lora_alpha is 1e\\+308"),
+        ({"lora_alpha": "32"}, "lora_alpha is '32'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": 2**40}, "says r = 1099511627776"),
+        ({"r": 0}, "cannot read the adapter"),
+        ({"peft_type": "PREFIX_TUNING"}, "LoRA is wanted"),
+        ({"peft_type": "NOTHING"}, "cannot read the adapter"),
+        ({"target_modules": 7}, "cannot read the adapter|adapter"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_refused_and_the_base_is_untouched(
+    copied, base, change, says
+):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(LoRAError, match=says):
+        attach_adapter(model, copied)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_strangers_regular_expression_is_not_run(copied, base):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_config.json"
+    endless = {"target_modules": "(.*)*(.*)*(.*)*(.*)*Z"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | endless))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = attach_adapter(model, copied)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dtype):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with pytest.raises(LoRAError, match="which no adapter is"):
+        attach_adapter(model, copied)
 
 
 @pytest.mark.parametrize(
