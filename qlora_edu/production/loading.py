@@ -237,6 +237,8 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
             raise AdapterFileError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
+    if not isinstance(config.target_modules, str | list | tuple | set):
+        raise AdapterFileError(f"target_modules must be names, not {config.target_modules!r}")
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
