@@ -139,10 +139,10 @@ def finetune(argv: Sequence[str]) -> int:
             action.metavar = None if action.choices else metavars.get(action.type, "BOOL")
             action.help = argparse.SUPPRESS if action.nargs == 0 else action.help
     given = vars(_parse(parser, rest))
-    settings = {field.name: given[field.name] for field in fields(FinetuneConfig)}
+    config = FinetuneConfig(**{name: given[name] for name in asdict(config)})
     print(f"computing with {choose_threads()}")
     try:
-        run(FinetuneConfig(**settings), resume=chosen.resume)
+        run(config, resume=chosen.resume)
     except KeyboardInterrupt as stopped:
         words = [word for word in argv if word != "--resume"]
         again = shlex.join(["python", "-m", "qlora_edu", "finetune", *words, "--resume"])

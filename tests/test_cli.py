@@ -66,6 +66,12 @@ def test_the_overview_names_every_command(capsys):
     assert all(f"  {name} " in shown for name in COMMANDS)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"qlora_edu {command}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("preset", ["embedded", "guanaco-33b"])
 def test_finetune_lists_every_setting_with_its_meaning_and_the_presets_value(capsys, preset):
     assert main(["finetune", "--preset", preset, "--help"]) == 0

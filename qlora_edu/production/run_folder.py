@@ -224,7 +224,11 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Where the checkpoints of the run `folder` are kept until it is written."""
+    """Where the checkpoints of the run `folder` are kept until it is written.
+
+    >>> checkpoints_of(Path("runs/mine")).as_posix()
+    'runs/mine.checkpoints'
+    """
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
