@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: no command {command!r}; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
         return 2
+    from qlora_edu.course.doctor import quiet_known_noise
+
+    quiet_known_noise()
     try:
         status = COMMANDS[command](rest)
         sys.stdout.flush()
