@@ -4,7 +4,6 @@
 is first used, and the heavy libraries load only with the functions that need them.
 """
 
-import sys
 from importlib import import_module
 
 _HOME = {
@@ -13,22 +12,38 @@ _HOME = {
     "QuantizedTensor": "quantized",
     "LoRALinear": "lora",
     "QLoRALinear": "qlora",
-    "plan_memory": "memory",
     "PagedAdamW": "paging",
+    "plan_memory": "memory",
     "FinetuneConfig": "production.config",
     "finetune": "finetuning",
 }
 
-__all__ = list(_HOME)
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    setattr(sys.modules[__name__], name, value)
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    # In a clone the file decides, whatever another installation of the package says.
+    import tomllib
+    from importlib.metadata import version
+
+    from qlora_edu.files import ROOT
+
+    project = ROOT / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    return version("qlora_edu")

@@ -1,9 +1,25 @@
 """Every error of this course: one base, and a short family under it.
 
-``except QloraError`` catches whatever the course refuses to do. Each message names what was wrong
-and says what to do next. The second base is the built-in error that fits, so that code which knows
+`except QloraError` catches whatever the course refuses to do. Each message names what was wrong and
+says what to do next. The second base is the built-in error that fits, so that code which knows
 nothing of this course may catch that one.
+
+| what went wrong | error |
+|---|---|
+| a weight, a codebook or a block size | `QuantizationError` |
+| an adapter: asked for, read, put in, merged | `LoRAError` |
+| a step that cannot be planned, or that does not fit | `PlanError`, `DoesNotFitError` |
+| the paged optimizer | `PagingError` |
+| a data set, a setting, a base model | `DataError`, `ConfigError`, `ModelUnavailableError` |
+| training, a checkpoint, a file of one | `TrainingError`, `CheckpointError`, `DamagedFileError` |
+| a folder in the way | `RunExistsError` |
+| generating, judging | `GenerationError`, `EvaluationError` |
+| this machine | `NotReadyError` |
 """
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class QloraError(Exception):
@@ -15,7 +31,15 @@ class QuantizationError(QloraError, ValueError):
 
 
 class LoRAError(QloraError, ValueError):
-    """An adapter was asked for, loaded or merged in a way that cannot work."""
+    """An adapter was asked for, loaded or merged in a way that cannot work.
+
+    Attributes:
+        tensors: the names of all its tensors that do not fit; the message lists the first.
+    """
+
+    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
 
 
 class PlanError(QloraError, ValueError):
@@ -51,14 +75,7 @@ class ConfigError(QloraError, ValueError):
 
 
 class RunExistsError(QloraError, FileExistsError):
-    """The run folder is already there, and nothing overwrites it."""
-
-
-class UnknownAdapterError(QloraError, KeyError):
-    """No adapter of that name is here; the message says which are."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    """The folder to be written is already there, and nothing overwrites it."""
 
 
 class ModelUnavailableError(QloraError, OSError):
@@ -66,8 +83,42 @@ class ModelUnavailableError(QloraError, OSError):
 
 
 class CheckpointError(QloraError, RuntimeError):
-    """A checkpoint cannot be written, read or used; the message says which, and what to do."""
+    """A checkpoint cannot be written or used; the message says which, and what to do."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file is missing, or is not what the manifest says."""
 
 
 class NotReadyError(QloraError, RuntimeError):
     """This machine cannot run the course as it is; the message lists every fault and its fix."""
+
+
+@contextmanager
+def reading(path: str | Path, error: type[QloraError], advice: str) -> Iterator[None]:
+    """Raise whatever goes wrong while a file is read and parsed as `error`, with the file's name.
+
+    Parsers have errors of their own, of many kinds; whoever called us knows only the file. An
+    error of the course passes as it is: it says more.
+
+    Args:
+        path: the file that is being read.
+        error: the kind of error to raise.
+        advice: what to do next; the end of the message.
+
+    Raises:
+        QloraError: of the kind `error`.
+
+    >>> import json
+    >>> with reading("notes.json", DataError, "write it anew"):
+    ...     json.loads("{")
+    Traceback (most recent call last):
+    qlora_edu.errors.DataError: cannot read notes.json (Expecting property name ...); write it anew
+    """
+    try:
+        yield
+    except QloraError:
+        raise
+    except Exception as fault:
+        what = " ".join(str(fault).split()) or type(fault).__name__
+        raise error(f"cannot read {path} ({what}); {advice}") from fault

@@ -1,7 +1,7 @@
 """Chapter 10. Which of these systems is better? Judges, a tournament, and ratings.
 
 Guanaco was not measured against right answers, since a conversation has none. Answers of two
-systems to one prompt are laid side by side, a judge says which is better (or that neither is), and
+systems to one prompt are put side by side, a judge says which is better (or that neither is), and
 from many such *games* each system gets a rating: by Elo, as for chess players, or by the model that
 Elo approximates, Bradley and Terry's. Here a judge is a plain function, so that a person, a program
 or another model can be one; and every rating comes with the question that the number alone hides:
@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_edu.comparison import Interval
-from qlora_edu.errors import EvaluationError
+from qlora_edu.errors import EvaluationError, reading
 
 Row = Mapping[str, Any]
-"""``{"prompt": str, "answers": {system: str}}``, and maybe ``"wanted"``, the right answer."""
+"""`{"prompt": str, "answers": {system: str}}`, and maybe `"wanted"`, the right answer."""
+
+ROW = '{"prompt": "…", "answers": {"one system": "…", "another": "…"}}'
+"""What a line of a file of answers looks like."""
 
 Judge = Callable[[Row, str, str], float]
-"""``judge(row, first, second)``: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
+"""`judge(row, first, second)`: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
 
 
 class Game(NamedTuple):
@@ -40,25 +43,21 @@ class Game(NamedTuple):
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """Read answers to compare: JSONL, a prompt a line, with the answer of each system.
+    """Read answers to compare: JSONL, one prompt per line, with the answer of each system.
 
     Raises:
-        EvaluationError: naming file and line, if a line is no JSON, lacks ``prompt`` or
-            ``answers``, has fewer than two systems, or others than the first line.
+        EvaluationError: naming file and line, if a line is no JSON, lacks `prompt` or
+            `answers`, has fewer than two systems, or others than the first line.
     """
-    path, rows = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read answers from {path}: {error}") from error
+    rows: list[dict[str, Any]] = []
+    with reading(path, EvaluationError, "answers are wanted as JSONL in UTF-8"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
+        with reading(where, EvaluationError, f"write {ROW} in one line"):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvaluationError(f"{where}: no JSON: {error}") from error
         _check_row(row, where)
         if rows and row["answers"].keys() != rows[0]["answers"].keys():
             raise EvaluationError(
@@ -67,23 +66,25 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     if not rows:
-        raise EvaluationError(f"{path} holds no rows")
+        raise EvaluationError(f"{path} holds no rows; write {ROW} in each line")
     return rows
 
 
 def _check_row(row: Any, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise EvaluationError(f'{where}: wants {{"prompt": "…", "answers": {{…}}}}')
+        raise EvaluationError(f"{where}: write {ROW}, and not {str(row)[:60]!r}")
     answers = row.get("answers")
     if not isinstance(answers, dict) or len(answers) < 2:
-        raise EvaluationError(f"{where}: `answers` must hold at least two systems")
+        raise EvaluationError(f"{where}: `answers` must hold two systems or more; write {ROW}")
     for system, answer in answers.items():
         if not isinstance(answer, str):
-            raise EvaluationError(f"{where}: the answer of {system!r} is no string: {answer!r}")
+            raise EvaluationError(
+                f"{where}: the answer of {system!r} must be a string, not {answer!r}; write {ROW}"
+            )
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
-    """Right beats wrong: an answer is right if it equals ``row["wanted"]``.
+    """Right beats wrong: an answer is right if it equals `row["wanted"]`.
 
     >>> row = {"prompt": "Who?", "wanted": "Ada"}
     >>> exact_judge(row, "Ada", "Ada Lovelace"), exact_judge(row, "Eva", "Nobody")
@@ -93,7 +94,7 @@ def exact_judge(row: Row, first: str, second: str) -> float:
 
 
 def word_judge(row: Row, first: str, second: str) -> float:
-    """Nearer beats farther: by the words that an answer shares with ``row["wanted"]``.
+    """Nearer beats farther: by the words that an answer shares with `row["wanted"]`.
 
     >>> row = {"prompt": "What?", "wanted": "a red lamp"}
     >>> word_judge(row, "a lamp", "Not mentioned."), word_judge(row, "red", "lamp")
@@ -122,7 +123,7 @@ def _compare(first: float, second: float) -> float:
 
 
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
-    """Let every two systems meet on every row; with ``both_orders`` twice, each first once.
+    """Let every two systems meet on every row; with `both_orders` twice, each first once.
 
     Raises:
         EvaluationError: if a verdict is not 0, 0.5 or 1.
@@ -162,7 +163,7 @@ def expected_score(rating: float, other: float) -> float:
 def elo(games: Sequence[Game], k: float = 32, start: float = 1000) -> dict[str, float]:
     """Elo ratings after the games, taken in the order given: it matters.
 
-    Each game moves both ratings by ``k`` times what came as a surprise; their sum stays.
+    Each game moves both ratings by `k` times what came as a surprise; their sum stays.
 
     >>> elo([Game("a", "b", 1.0, 0)])
     {'a': 1016.0, 'b': 984.0}
@@ -268,7 +269,7 @@ def relative_score(
 ) -> Interval:
     """Vicuna's measure: the sum of a system's scores as a percentage of the reference's.
 
-    ``scores`` and ``reference`` are a judge's marks (of 10, say) for the answers to the same
+    `scores` and `reference` are a judge's marks (of 10, say) for the answers to the same
     prompts. The interval comes from prompts drawn anew. It is a share of *marks*: 99 % means that
     the judge gave nearly as many, and not that 99 of 100 answers were as good.
 
@@ -280,9 +281,13 @@ def relative_score(
     """
     mine, theirs = np.asarray(scores, float), np.asarray(reference, float)
     if mine.shape != theirs.shape or mine.ndim != 1 or not len(mine):
-        raise EvaluationError(f"{mine.size} scores beside {theirs.size}; need one for each prompt")
+        raise EvaluationError(
+            f"{mine.size} scores beside {theirs.size}: give one score of each for every prompt"
+        )
     if theirs.min() < 0 or theirs.sum() <= 0:
-        raise EvaluationError("the reference has no marks (or negative ones) to be a share of")
+        raise EvaluationError(
+            "the reference has no marks, or negative ones, to be a share of; give marks above 0"
+        )
     draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
     totals = theirs[draws].sum(axis=1)
     shares = 100 * mine[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
@@ -292,12 +297,12 @@ def relative_score(
 
 def _systems(games: Sequence[Game]) -> list[str]:
     if not games:
-        raise EvaluationError("no games, so no ratings")
+        raise EvaluationError("no games, so no ratings; let the systems play first")
     return list(dict.fromkeys(name for game in games for name in game[:2]))
 
 
 def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
-    """Points that system i took from system j in each row: ``[rows, systems, systems]``."""
+    """Points that system i took from system j in each row: `[rows, systems, systems]`."""
     index = {name: i for i, name in enumerate(systems)}
     rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
     wins = np.zeros((len(rows), len(systems), len(systems)))
@@ -308,7 +313,10 @@ def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
 
 
 def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
-    """A way of points must lead from every system to every other, or the likelihood has no top."""
+    """Make sure that the likelihood has a maximum.
+
+    It has one if each system took points from each other system, directly or by way of others.
+    """
     from scipy.sparse.csgraph import connected_components
 
     count, group = connected_components(wins > 0, connection="strong")
@@ -322,7 +330,7 @@ def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:
-    """Ratings around 0, on Elo's scale, for a batch of matrices of points ``[b, n, n]``."""
+    """Ratings around 0, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
     games, won = wins + wins.transpose(0, 2, 1), wins.sum(axis=2)
     strength = np.ones(won.shape)
     for _ in range(10_000):

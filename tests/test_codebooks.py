@@ -1,7 +1,5 @@
 """Chapter 1: the derived tables equal the published ones, and numbers go to their nearest level."""
 
-import subprocess
-import sys
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -269,30 +267,6 @@ def test_a_table_given_as_a_tensor_is_copied():
     levels = cb.get_levels(table)
     table.zero_()
     assert levels.tolist() == [-1, 1]
-
-
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-
-
-def test_importing_the_package_and_quantising_loads_no_heavy_library():
-    heavy = "{'bitsandbytes', 'transformers', 'peft', 'trl', 'scipy', 'datasets', 'matplotlib'}"
-    run_python(
-        "import sys, qlora_edu, torch\n"
-        "qlora_edu.quantize(torch.ones(64)).dequantize()\n"
-        "qlora_edu.LoRALinear, qlora_edu.QLoRALinear\n"
-        f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
-    )
-
-
-def test_the_package_offers_every_public_name():
-    import qlora_edu
-
-    for name in qlora_edu.__all__:
-        assert callable(getattr(qlora_edu, name)), name
-        assert name in dir(qlora_edu)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = qlora_edu.nothing
 
 
 def test_affine_int4_errs_by_half_a_step_and_knows_no_exact_zero():

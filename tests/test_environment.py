@@ -155,12 +155,3 @@ def test_make_says_so_when_there_is_no_python(tmp_path):
     )
     assert result.returncode != 0
     assert "no Python 3.11, 3.12, 3.13 or 3.14" in result.stderr
-
-
-def test_importing_the_package_is_light():
-    code = (
-        "import sys, qlora_edu; heavy = {'bitsandbytes', 'transformers', 'peft', 'trl', 'scipy', "
-        "'matplotlib', 'datasets'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

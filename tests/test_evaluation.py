@@ -60,10 +60,13 @@ def test_answers_are_read_as_written(tmp_path):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("{", "line 2: no JSON"),
-        ('{"answers": {"a": "", "b": "", "c": ""}}', "line 2: wants"),
-        ("[1]", "line 2: wants"),
-        ('{"prompt": "?", "answers": {"a": "x"}}', "line 2: `answers` must hold at least two"),
+        ("{", 'cannot read .*line 2 .*; write {"prompt"'),
+        ('{"answers": {"a": "", "b": "", "c": ""}}', 'line 2: write {"prompt"'),
+        ("[1]", 'line 2: write {"prompt"'),
+        (
+            '{"prompt": "?", "answers": {"a": "x"}}',
+            "line 2: `answers` must hold two systems or more",
+        ),
         ('{"prompt": "?", "answers": {"a": "", "b": 3, "c": ""}}', "line 2: the answer of 'b'"),
         ('{"prompt": "?", "answers": {"a": "", "b": ""}}', "line 2 has answers of"),
     ],

@@ -2,13 +2,11 @@
 
 import json
 import re
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_base, make_rows, write_jsonl
 
 from qlora_edu import finetune as run_finetune
@@ -20,15 +18,10 @@ from qlora_edu.errors import (
     RunExistsError,
     TrainingError,
 )
-from qlora_edu.finetuning import (
-    check_gradients,
-    expected_minutes,
-    guard_memory,
-    main,
-    make_trainer,
-    plan_run,
-)
-from qlora_edu.production import loading
+from qlora_edu.finetuning import expected_minutes, make_trainer, plan_run
+from qlora_edu.memory import check_lengths
+from qlora_edu.production import callback, loading
+from qlora_edu.production.callback import check_gradients
 from qlora_edu.production.config import PRESETS, FinetuneConfig
 from qlora_edu.production.loading import load_base, quantization_config
 from qlora_edu.text.conversations import encode_conversations
@@ -108,13 +101,29 @@ def test_guanaco_presets_are_the_papers():
         ({"r": True}, "r must be of type int, not True"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
         ({"learning_rate": "fast"}, "learning_rate must be of type float"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
-        ({"lora_dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"weight_decay": float("inf")}, "weight_decay must be at least 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"batch_size": 2**31}, "batch_size must be at most"),
+        ({"seed": 2**64}, "seed must be at most 2,147,483,647"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"name": "../x"}, "name must be a folder's name"),
+        ({"name": ""}, "name must be a folder's name"),
+        ({"output_dir": ""}, "output_dir must be a name or a path"),
+        ({"train_data": "a\0b"}, "train_data must be a name or a path"),
         ({"method": "dora"}, "method must be one of .*'qlora'"),
-        ({"levels": "int4"}, "levels must be one of"),
+        ({"quant_type": "int4"}, "quant_type must be one of"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of"),
         ({"double_quant": "yes"}, "double_quant must be of type bool"),
         ({"model": None}, "model must be of type str"),
+        ({"chat_template": "alpaca"}, "chat_template must be one of .*'guanaco'"),
+        ({"method": ["qlora"]}, "method must be one of"),
         ({"answer_rows": 301}, "answer_rows must be in 0"),
         ({"target_modules": "q_proj,,v_proj"}, "target_modules must be 'all-linear' or names"),
         ({"target_modules": ""}, "target_modules must be 'all-linear' or names"),
@@ -130,7 +139,7 @@ def test_a_wrong_setting_is_named(change, says):
 
 def test_settings_come_from_yaml(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("preset: guanaco-7b\nlearning_rate: 1e-4\nalpha: 32\nmodel: my/model\n")
+    path.write_text("preset: guanaco-7b\nlearning_rate: 1e-4\nlora_alpha: 32\nmodel: my/model\n")
     config = FinetuneConfig.from_yaml(path, max_steps=7)
     assert config == FinetuneConfig.from_preset(
         "guanaco-7b", learning_rate=1e-4, lora_alpha=32.0, model="my/model", max_steps=7
@@ -140,13 +149,16 @@ def test_settings_come_from_yaml(tmp_path):
         "preset: embeded": "no preset 'embeded'",
         "preset: embedded\nsteps: 3": "no setting 'steps'",
         "- a": "must hold settings",
-        "a: [": "cannot read settings",
+        "a: [": "cannot read .*config.yaml .*write the settings as YAML",
+        "[" * 2000: "cannot read .*config.yaml",
     }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=says):
             FinetuneConfig.from_yaml(path)
-    with pytest.raises(ConfigError, match="cannot read settings"):
-        FinetuneConfig.from_yaml(tmp_path / "absent.yaml")
+    path.write_bytes(b"\xff\xfe\x00")
+    for unreadable in (path, tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot read"):
+            FinetuneConfig.from_yaml(unreadable)
 
 
 def test_every_quantisation_field_is_said(config):
@@ -171,8 +183,13 @@ def test_the_adapter_goes_where_the_config_says(config, tmp_path):
         for model in (everywhere, some)
     ]
     assert adapted[1] == {"q_proj", "v_proj"} < adapted[0] and len(adapted[0]) == 7
-    with pytest.raises(ValueError, match="query"):
-        make(config.replace(target_modules="query"), tmp_path)
+
+
+@pytest.mark.parametrize("targets", ["query", "q_proj,vproj", "q_proj,lm"])
+def test_each_target_must_be_a_layer(config, tmp_path, targets):
+    with pytest.raises(ConfigError, match=targets.rpartition(",")[2]):
+        run_finetune(config.replace(target_modules=targets))
+    assert list(tmp_path.iterdir()) == []
 
 
 # A whole run
@@ -301,7 +318,7 @@ def test_no_step_is_taken_before_the_gradient_check(config, tmp_path, monkeypatc
         seen["untouched"] = not any(p.any() for p in adapters.values())
         raise TrainingError("no gradient")
 
-    monkeypatch.setattr(sys.modules["qlora_edu.finetuning"], "check_gradients", refuse)
+    monkeypatch.setattr(callback, "check_gradients", refuse)
     with pytest.raises(TrainingError, match="no gradient"):
         run_finetune(config)
     assert seen["untouched"] and list(tmp_path.iterdir()) == []
@@ -312,6 +329,29 @@ def test_bad_training_data_stops_the_run_with_its_line(config, tmp_path):
     bad.write_text('{"messages": null}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:1"):
         run_finetune(config.replace(train_data=str(bad)))
+
+
+def test_rows_beyond_the_positions_of_the_model_are_refused(config, tmp_path):
+    long = make_rows(1)
+    long[0]["messages"][0]["content"] *= 40
+    data = write_jsonl(tmp_path / "long.jsonl", long)
+    with pytest.raises(DataError, match="knows 256 positions; lower max_length"):
+        run_finetune(config.replace(train_data=str(data), max_length=4096))
+
+
+def test_a_row_that_asks_nothing_is_named(config, tmp_path):
+    rows = [*make_rows(1), {"messages": [{"role": "assistant", "content": "Hello."}]}]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 begins with an answer"):
+        run_finetune(config.replace(held_out_data=data))
+
+
+@pytest.mark.parametrize("template", ["{% if", "{{ x.y.z }}"])
+def test_a_chat_template_that_does_not_work_is_named(config, tmp_path, template):
+    folder = make_base(tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(DataError, match=f"template of {folder}.*mend the template"):
+        run_finetune(config.replace(model=str(folder)))
 
 
 # The gradient check
@@ -331,7 +371,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_the_first_step(config, monk
         tried.append(batch["input_ids"].shape)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(sys.modules["qlora_edu.finetuning"], "completion_loss", out_of_memory)
+    monkeypatch.setattr(callback, "completion_loss", out_of_memory)
     with pytest.raises(DoesNotFitError, match="Lower batch_size"):
         run_finetune(config, progress=False)
     lengths = [len(row["input_ids"]) for row in encode_all(config)]
@@ -354,14 +394,17 @@ def test_the_plan_of_a_run_has_its_settings():
     assert step.backend == "bitsandbytes" and not step.padding
     full = plan_run(config.replace(method="full", optim="adamw_torch"), "llama-7b")
     assert full.settings.dtype == "float32" and full.peak_bytes > 6.7e9 * 16
-    assert plan_run(FinetuneConfig.from_preset("embedded")).settings.padding
+    embedded = FinetuneConfig.from_preset("embedded", target_modules="q_proj, v_proj")
+    assert plan_run(embedded).settings.padding
+    assert plan_run(embedded).settings.target_modules == ("q_proj", "v_proj")
 
 
 def test_a_row_too_long_for_the_card_is_named_before_the_run():
     config = FinetuneConfig.from_preset("guanaco-7b")
-    guard_memory(config, [100, 512], 16, "llama-7b")
+    plan = plan_run(config, "llama-7b")
+    check_lengths(plan, [100, 512], 16)
     with pytest.raises(DoesNotFitError, match="row 1 with 90,000 tokens"):
-        guard_memory(config, [512, 90_000], 16, "llama-7b")
+        check_lengths(plan, [512, 90_000], 16)
 
 
 def test_minutes_follow_the_passes():
@@ -458,6 +501,24 @@ def test_a_model_out_of_reach_is_named_with_a_way_out(config, capfd, monkeypatch
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_tensors_that_are_missing_or_left_out_are_said(config, tmp_path, change, capsys):
+    folder = make_base(tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    if change == "fewer":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    else:
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = config.replace(model=str(folder))
+    if change == "fewer":
+        with pytest.raises(ModelUnavailableError, match="lack the tensor model.layers.1.mlp.up_"):
+            load_base(settings)
+    else:
+        load_base(settings)
+        assert "knows no layer for the tensor model.layers.2.mlp.up_proj" in capsys.readouterr().out
+
+
 def test_pickled_weights_are_never_loaded(config, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -497,21 +558,3 @@ def test_local_paths_are_seen_from_the_repository_too(monkeypatch, tmp_path):
     assert loading.locate("data") == str(tmp_path / "data")
     assert loading.locate("notebooks") == "notebooks"
     assert loading.locate("some/model") == "some/model"
-
-
-# The command line
-
-
-def test_command_line_takes_settings_and_reports_errors(config, tmp_path, capsys):
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(asdict(config)))  # JSON is YAML
-    assert main(["--config", str(path), "max_steps=2", "answer_rows=0"]) == 0
-    assert "s of training" in capsys.readouterr().out.splitlines()[-1]
-    for arguments, says in (
-        (["--config", str(path)], "exists"),
-        (["--preset", "guanaco-8b"], "no preset 'guanaco-8b'"),
-        (["stepps=3"], "no setting 'stepps'"),
-    ):
-        assert main(arguments) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and says in said

@@ -1,28 +1,20 @@
 """Support for chapter 10: a conversation with one of several systems, in the terminal or a widget.
 
-``python -m qlora_edu chat`` loads one base and the course's four adapters. Each message is answered
-by the system that is chosen, or by two side by side. ``Chat`` is what the terminal and the widget
+`python -m qlora_edu chat` loads one base and the course's four adapters. Each message is answered
+by the system that is chosen, or by two side by side. `Chat` is what the terminal and the widget
 of the notebook have in common, and knows nothing of either.
 """
 
-import argparse
-import sys
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_edu.errors import (
-    ConfigError,
-    GenerationError,
-    LoRAError,
-    ModelUnavailableError,
-    UnknownAdapterError,
-)
-from qlora_edu.files.peft_format import AdapterFileError
+from qlora_edu.errors import GenerationError, QloraError
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base, locate
-from qlora_edu.production.serving import BASE, AdapterShelf
+from qlora_edu.production.serving import AdapterShelf
 from qlora_edu.text.conversations import Message
 from qlora_edu.text.generation import check_sampling, stream_answer
 
@@ -35,18 +27,16 @@ Type a message, or one of these:
   /length NUMBER       the most tokens of an answer
   /remember on|off     hand earlier messages on, or let each stand alone
   /reset               forget the conversation
-  /quit"""
-
-
-class EmptyMessageError(GenerationError):
-    """There is nothing in the message to be answered."""
+  /quit                or quit, or exit"""
+EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
+"""Shown in the opening line: the embedded adapters read a passage, and answer about it."""
 
 
 @dataclass
 class Chat:
     """A conversation with the systems of a shelf.
 
-    Without ``remember`` each message stands alone, which is how the course's adapters were trained.
+    Without `remember` each message stands alone, which is how the course's adapters were trained.
     With it, the conversation goes along, for each system its own.
     """
 
@@ -62,19 +52,20 @@ class Chat:
     def answer(
         self, message: str, system: str, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """Yield the answer as it grows. It ends early once ``stopped()`` says so.
+        """Yield the answer as it grows. It ends early once `stopped()` says so.
 
         An answer that was stopped is remembered as far as it came.
 
         Raises:
-            EmptyMessageError, UnknownAdapterError, GenerationError, PromptTooLongError.
+            GenerationError: if the message is empty or too long, or a setting cannot be.
+            LoRAError: if there is no such system.
         """
         if not message.strip():
-            raise EmptyMessageError("the message is empty; type something to be answered")
+            raise GenerationError("the message is empty; type something to be answered")
         self.shelf.check(system)
         check_sampling(self.temperature, self.top_p)
         past = self.history.get(system, []) if self.remember else []
-        messages = [*past, {"role": "user", "content": message.strip()}]
+        messages: list[Message] = [*past, {"role": "user", "content": message.strip()}]
         text = ""
         settings = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
         with self.shelf.using(system) as model:
@@ -97,9 +88,9 @@ def load_chat(
     method: str = "qlora",
     **settings: Any,
 ) -> Chat:
-    """A chat with a base, in 4 bits or (``method="lora"``) as it is, and adapters by name.
+    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and adapters by name.
 
-    ``adapters=None`` takes the course's four, which belong to the embedded base.
+    `adapters=None` takes the course's four, which belong to the embedded base.
 
     Raises:
         ModelUnavailableError, ConfigError, LoRAError: naming what cannot be loaded.
@@ -114,6 +105,14 @@ def load_chat(
     return Chat(AdapterShelf(base, adapters), tokenizer, **settings)
 
 
+def opening_lines(chat: Chat, systems: Sequence[str]) -> str:
+    """What the terminal shows first: the systems, an example, and how to get help."""
+    return (
+        f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help\n"
+        f"Give a passage and ask about it, such as: {EXAMPLE}"
+    )
+
+
 def converse(
     chat: Chat,
     systems: Sequence[str],
@@ -121,6 +120,9 @@ def converse(
     write: Callable[[str], Any] | None = None,
 ) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
+    if read is None:
+        with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
+            import readline  # noqa: F401
     read, write = read or input, write or _write
     systems = list(systems)
     while True:
@@ -129,7 +131,7 @@ def converse(
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
-        if line in ("/quit", "/exit"):
+        if line.lower() in ("/quit", "/exit", "quit", "exit"):
             return
         try:
             if line.startswith("/"):
@@ -139,7 +141,7 @@ def converse(
                     _show(chat, line, system, write)
         except KeyboardInterrupt:
             write(" (stopped)\n")
-        except (GenerationError, UnknownAdapterError) as error:
+        except QloraError as error:
             write(f"{error}\n")
 
 
@@ -179,8 +181,8 @@ def _set(chat: Chat, command: str, word: str) -> None:
     try:
         number = float(word) if command == "/temperature" else int(word)
     except ValueError:
-        raise GenerationError(f"{command} wants a number, not {word!r}") from None
-    if command == "/temperature":
+        raise GenerationError(f"{command} wants a number after it, and not {word!r}") from None
+    if isinstance(number, float):
         check_sampling(number, chat.top_p)
         chat.temperature = number
     elif number < 1:
@@ -191,63 +193,3 @@ def _set(chat: Chat, command: str, word: str) -> None:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _adapters(pairs: Sequence[str]) -> dict[str, str]:
-    """``name=folder`` or ``folder``, which is then called by its last part."""
-    found = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        folder = folder if equals else pair
-        name = name if equals else Path(pair).name
-        if not Path(folder).is_dir():
-            raise AdapterFileError(f"there is no folder {folder!r} to take adapter {name!r} from")
-        found[name] = folder
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: ``chat --use all``."""
-    parser = argparse.ArgumentParser(
-        prog="qlora_edu chat",
-        description="Talk to the embedded base and its adapters, or to yours.",
-    )
-    parser.add_argument("--model", default="data/base-model", help="a folder, or a Hub name")
-    parser.add_argument(
-        "--adapter", action="append", metavar="NAME=FOLDER", help="may be given several times"
-    )
-    parser.add_argument("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
-    parser.add_argument("--method", default="qlora", help="qlora: base in 4 bits; lora: as it is")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--length", type=int, default=96, help="the most tokens of an answer")
-    parser.add_argument("--remember", action="store_true", help="hand earlier messages on")
-    arguments = parser.parse_args(argv)
-    try:
-        check_sampling(arguments.temperature, arguments.top_p)
-        own = arguments.model != "data/base-model"
-        adapters = _adapters(arguments.adapter or []) if arguments.adapter or own else None
-        chat = load_chat(arguments.model, adapters, arguments.method)
-        chat.temperature, chat.top_p = arguments.temperature, arguments.top_p
-        chat.max_new_tokens, chat.remember = arguments.length, arguments.remember
-        systems = arguments.use or [chat.shelf.names[-1] if adapters else _first(chat)]
-        for name in systems:
-            chat.shelf.check(name)
-    except (
-        ConfigError,
-        GenerationError,
-        LoRAError,
-        ModelUnavailableError,
-        UnknownAdapterError,
-        ValueError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help")
-    converse(chat, systems)
-    return 0
-
-
-def _first(chat: Chat) -> str:
-    """The course's adapter for all tasks where it is there."""
-    return "all" if "all" in chat.shelf.names else BASE

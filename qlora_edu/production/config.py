@@ -1,102 +1,119 @@
 """Support for chapter 9: the settings of a fine-tune, checked, with the paper's presets.
 
-Whatever decides what a fine-tune does is one field of ``FinetuneConfig``. A wrong name, type or
-value is refused when the configuration is made, not an hour into the training.
+Whatever decides what a fine-tune does is one field of `FinetuneConfig`, and each field says what it
+means: `python -m qlora_edu finetune --help` prints them all. A wrong name, type or value is refused
+when the configuration is made, not an hour into the training.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), appendix B.
 """
 
 import difflib
 import math
-from dataclasses import dataclass, fields, replace
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from qlora_edu.errors import ConfigError
+from qlora_edu.errors import ConfigError, reading
 
-CHOICES = {
-    "method": ("qlora", "lora", "full"),
-    "quant_type": ("nf4", "fp4"),
-    "compute_dtype": ("float32", "bfloat16"),
-    "adapter_dtype": ("float32", "bfloat16"),
-    "quant_storage": ("uint8", "bfloat16", "float32"),
-    "optim": ("paged_adamw_32bit", "adamw_torch"),
-    "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
-    "chat_template": (None, "guanaco"),
-}
+LARGEST = 2**31 - 1
+"""No whole number may be larger: NumPy or the trainer would not take it, or overflow later."""
 AT_LEAST_ONE = (
-    "r max_steps batch_size gradient_accumulation_steps max_length max_new_tokens eval_batch_size "
-    "logging_steps save_total_limit"
+    "r max_steps batch_size gradient_accumulation_steps max_length held_out_rows max_new_tokens "
+    "eval_batch_size logging_steps save_total_limit"
 )
-NOT_NEGATIVE = "warmup_steps weight_decay lora_dropout seed save_steps sample_steps"
-POSITIVE = "lora_alpha learning_rate max_grad_norm adam_beta2"
+NOT_NEGATIVE = "warmup_steps weight_decay seed save_steps sample_steps"
+POSITIVE = "lora_alpha learning_rate max_grad_norm"
+TEXTS = "model train_data held_out_data output_dir"
+
+
+def _setting(meaning: str, default: Any = MISSING) -> Any:
+    """A field with its meaning, which the command line prints as its help."""
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Everything that decides what a fine-tune does. Checked when made; never changed afterwards.
 
-    ``model`` and the two data sets are local paths (seen from here, or from the repository's root)
-    or Hub names. ``method="lora"`` leaves the base unquantised and ``"full"`` trains all of it, for
-    comparison. ``held_out_rows`` rows are measured; the first ``answer_rows`` of them also for
-    exact match. ``output_dir=None`` takes the first free folder ``runs/<name>``, ``-2``, ``-3``…
-    A step sees ``batch_size * gradient_accumulation`` rows, on however many processes. The packed
-    weights are bytes (``quant_storage="uint8"``), or dressed as another dtype for FSDP, which
-    shards only tensors of one dtype.
+    `python -m qlora_edu finetune --help` lists the settings with their meaning; here each has it
+    as its `help`. A step sees `batch_size * gradient_accumulation_steps` rows, on however many
+    processes.
 
     Raises:
         ConfigError: naming the setting, its value, and what it should have been.
 
     >>> config = FinetuneConfig.from_preset("guanaco-7b", max_steps=10)
-    >>> config.r, config.alpha, config.learning_rate, config.batch_size
+    >>> config.r, config.lora_alpha, config.learning_rate, config.batch_size
     (64, 16.0, 0.0002, 1)
     """
 
-    name: str
-    model: str
-    train_data: str
-    held_out_data: str
-    method: str = "qlora"
+    name: str = _setting("what the run is called; it becomes a folder's name")
+    model: str = _setting("the base: a folder, from here or from the repository, or a Hub name")
+    train_data: str = _setting("rows to train on: a JSONL file, or a data set of the Hub")
+    held_out_data: str = _setting("rows to measure on: a JSONL file, or a data set of the Hub")
+    method: Literal["qlora", "lora", "full"] = _setting(
+        "qlora: adapters on a 4-bit base; lora: on the base as it is; full: train all weights",
+        "qlora",
+    )
     # The 4-bit base (section 3 of the paper).
-    quant_type: str = "nf4"
-    double_quant: bool = True
-    compute_dtype: str = "bfloat16"
-    quant_storage: str = "uint8"
-    # The adapter: on every linear layer but the output head, or on the layers of these names,
-    # such as "q_proj,v_proj".
-    target_modules: str = "all-linear"
-    r: int = 64
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.1
-    adapter_dtype: str = "bfloat16"
+    quant_type: Literal["nf4", "fp4"] = _setting("the sixteen levels of the 4-bit weights", "nf4")
+    double_quant: bool = _setting("quantise the constants of the blocks, too", True)
+    compute_dtype: Literal["float32", "bfloat16"] = _setting(
+        "dtype of the computation, and of weights that are not quantised", "bfloat16"
+    )
+    quant_storage: Literal["uint8", "bfloat16", "float32"] = _setting(
+        "dtype that packed weights are stored as; FSDP wants that of all other tensors", "uint8"
+    )
+    # The adapter.
+    target_modules: str = _setting(
+        "layers that get an adapter: all-linear (all but the output head), or names with commas "
+        "between them, such as q_proj,v_proj",
+        "all-linear",
+    )
+    r: int = _setting("rank of the adapters", 64)
+    lora_alpha: float = _setting("the adapters' product is multiplied by lora_alpha / r", 16.0)
+    lora_dropout: float = _setting("share of an adapter's inputs that is switched off", 0.1)
+    adapter_dtype: Literal["float32", "bfloat16"] = _setting("dtype of the adapters", "bfloat16")
     # The training (appendix B of the paper).
-    max_steps: int = 1875
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 16
-    learning_rate: float = 2e-4
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
-    optim: str = "paged_adamw_32bit"
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.3
-    gradient_checkpointing: bool = True
-    group_by_length: bool = True
-    seed: int = 0
+    max_steps: int = _setting("optimizer steps", 1875)
+    batch_size: int = _setting("rows that go through the model together", 1)
+    gradient_accumulation_steps: int = _setting("batches per optimizer step", 16)
+    learning_rate: float = _setting("the largest learning rate of the schedule", 2e-4)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _setting(
+        "how the learning rate goes on after its warm-up", "constant"
+    )
+    warmup_steps: int = _setting("steps in which the learning rate rises from 0", 0)
+    optim: Literal["paged_adamw_32bit", "adamw_torch"] = _setting(
+        "optimizer; without CUDA the paged one is replaced by adamw_torch", "paged_adamw_32bit"
+    )
+    adam_beta2: float = _setting("decay of AdamW's mean of squared gradients", 0.999)
+    weight_decay: float = _setting("AdamW's weight decay", 0.0)
+    max_grad_norm: float = _setting("longer gradients are shortened to this norm", 0.3)
+    gradient_checkpointing: bool = _setting(
+        "recompute activations on the way back, instead of keeping them", True
+    )
+    group_by_length: bool = _setting("put rows of similar length into one step", True)
+    seed: int = _setting("of the adapters, the order of the rows and dropout", 0)
     # The data and the measurements.
-    max_length: int = 512
-    chat_template: str | None = None
-    held_out_rows: int = 300
-    answer_rows: int = 300
-    max_new_tokens: int = 96
-    eval_batch_size: int = 8
-    logging_steps: int = 10
-    # What a run leaves on the way: a checkpoint and two sample answers every so many steps, 0 for
-    # none.
-    save_steps: int = 100
-    save_total_limit: int = 2
-    sample_steps: int = 0
-    output_dir: str | None = None
+    max_length: int = _setting("tokens of a row; what is longer is cut", 512)
+    chat_template: Literal["guanaco", None] = _setting(
+        "guanaco: that of the paper; None: the template that the tokenizer brings", None
+    )
+    held_out_rows: int = _setting("held-out rows whose loss is measured", 300)
+    answer_rows: int = _setting("the first of them that are also answered, for exact match", 300)
+    max_new_tokens: int = _setting("tokens of an answer", 96)
+    eval_batch_size: int = _setting("rows measured or answered together", 8)
+    logging_steps: int = _setting("steps between two entries of the training loss", 10)
+    # What a run leaves on the way.
+    save_steps: int = _setting("steps between two checkpoints; 0 for none", 100)
+    save_total_limit: int = _setting("checkpoints that are kept", 2)
+    sample_steps: int = _setting("steps between two sample answers; 0 for none", 0)
+    output_dir: str | None = _setting(
+        "folder to be made; None takes the first free one of runs/NAME, runs/NAME-2, ...", None
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -105,44 +122,68 @@ class FinetuneConfig:
             object.__setattr__(self, setting.name, value)
         limits = {
             **dict.fromkeys(AT_LEAST_ONE.split(), (lambda v: v >= 1, "at least 1")),
-            **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: v >= 0, "at least 0")),
+            **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: 0 <= v < math.inf, "at least 0")),
             **dict.fromkeys(POSITIVE.split(), (lambda v: 0 < v < math.inf, "above 0 and finite")),
+            **dict.fromkeys(TEXTS.split(), (_is_text, "a name or a path, in printable characters")),
+            "name": (
+                lambda v: re.fullmatch(r"\w[\w.+=-]{0,99}", v),
+                "a folder's name: letters, digits, and .+=_- after the first",
+            ),
             "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
             "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
-            "held_out_rows": (lambda v: v >= 1, "at least 1"),
             "target_modules": (
-                lambda v: all(name.strip() for name in v.split(",")),
+                lambda v: all(self.targets),
                 "'all-linear' or names of layers with commas between them",
             ),
             "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
-            **{name: (lambda v, c=c: v in c, f"one of {c}") for name, c in CHOICES.items()},
         }
         for name, (allowed, wanted) in limits.items():
-            if not allowed(getattr(self, name)):
-                raise ConfigError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is int and value > LARGEST:
+                raise ConfigError(f"{name} must be at most {LARGEST:,}, not {value!r}")
+            if not allowed(value):
+                raise ConfigError(f"{name} must be {wanted}, not {value!r}")
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """The layers that get an adapter: "all-linear", or their names.
+
+        >>> FinetuneConfig.from_preset("embedded", target_modules="q_proj, v_proj").targets
+        ('q_proj', 'v_proj')
+        """
+        if self.target_modules == "all-linear":
+            return self.target_modules
+        return tuple(name.strip() for name in self.target_modules.split(","))
+
+    @property
+    def base_dtype(self) -> str:
+        """The dtype of weights that are not quantised.
+
+        Full fine-tuning keeps float32: bfloat16 would round its small steps away.
+        """
+        return "float32" if self.method == "full" else self.compute_dtype
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
-        """The settings of a preset (see ``PRESETS``), with ``overrides`` on top."""
-        if preset not in PRESETS:
-            raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+        """The settings of a preset (see `PRESETS`), with `overrides` on top."""
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ConfigError(f"no preset {preset!r}; {did_you_mean(preset, PRESETS)}")
         return cls(**_known({"name": preset, **PRESETS[preset], **overrides}))
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a YAML mapping of settings; an entry ``preset:`` names where to start from."""
+        """Read a YAML mapping of settings; an entry `preset:` names where to start from."""
         import yaml
 
-        try:
+        with reading(path, ConfigError, "write the settings as YAML, a `name: value` per line"):
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {error}") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path} must hold settings as `name: value`, not {settings!r}")
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{path} must hold settings as `name: value`, not {settings!r}")
         settings |= overrides
         if "preset" in settings:
-            return cls.from_preset(settings.pop("preset"), **settings)
-        missing = [f for f in ("name", "model", "train_data", "held_out_data") if f not in settings]
+            return cls.from_preset(settings.pop("preset"), **_known(settings))
+        required = [setting.name for setting in fields(cls) if setting.default is MISSING]
+        missing = [name for name in required if name not in settings]
         if missing:
             raise ConfigError(f"{path} lacks {', '.join(missing)}; or start from a `preset:`")
         return cls(**_known(settings))
@@ -152,28 +193,45 @@ class FinetuneConfig:
         return replace(self, **_known(changes))
 
 
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest that there is, or all of them.
+
+    >>> did_you_mean("lerning_rate", ["learning_rate", "r"]), did_you_mean("x", ["a", "b"])
+    ("did you mean 'learning_rate'?", 'there are a, b')
+    """
+    names = list(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+
+
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
     names = [setting.name for setting in fields(FinetuneConfig)]
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"no setting {name!r}; {hint}")
+            raise ConfigError(f"no setting {name!r}; {did_you_mean(name, names)}")
     return settings
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if type(value) in (str, NoneType) and value in get_args(hint):
+            return value
+        raise ConfigError(f"{name} must be one of {get_args(hint)}, not {value!r}")
     allowed = get_args(hint) or (hint,)
     # YAML reads 2e-4 as a string; only 2.0e-4 is a number to it.
     if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) in allowed:
         return value
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    wanted = " or ".join(kind.__name__ for kind in allowed)
     raise ConfigError(f"{name} must be of type {wanted}, not {value!r}")
+
+
+def _is_text(value: str | None) -> bool:
+    return value is None or bool(value.strip() and value.isprintable())
 
 
 def _guanaco(size: str, learning_rate: float, lora_dropout: float) -> dict[str, Any]:

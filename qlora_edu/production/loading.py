@@ -4,7 +4,9 @@ Weights come from safetensors only, and no code from the Hub is ever run. The 4-
 bitsandbytes are loaded so that they stay trainable, whatever is evaluated first.
 """
 
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,24 @@ import torch
 
 from qlora_edu.adapters import PEFT_PREFIX, AdapterMismatchError, check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
-from qlora_edu.errors import ConfigError, LoRAError, ModelUnavailableError
+from qlora_edu.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    LoRAError,
+    ModelUnavailableError,
+    reading,
+)
 from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.production.checkpoints import WrongBaseError, fingerprint, verify_manifest
-from qlora_edu.production.config import FinetuneConfig
-from qlora_edu.text.conversations import GUANACO_TEMPLATE
+from qlora_edu.production.checkpoints import fingerprint, verify_manifest
+from qlora_edu.production.config import FinetuneConfig, did_you_mean
+from qlora_edu.text.conversations import GUANACO_TEMPLATE, Conversation
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
-    """The ``BitsAndBytesConfig``, every field said; None unless the method is QLoRA."""
+    """The `BitsAndBytesConfig`, every field said; None unless the method is QLoRA."""
     from transformers import BitsAndBytesConfig
 
     if config.method != "qlora":
@@ -43,30 +53,40 @@ def quantization_config(config: FinetuneConfig) -> Any:
 def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     """Model and tokenizer, from a folder or the Hub: safetensors only, and never remote code.
 
+    Args:
+        config: of its settings, those that say which model, in which dtype and how quantised.
+
+    Returns:
+        Model and tokenizer; the tokenizer has a token to pad with.
+
     Raises:
         ModelUnavailableError: naming the model and the ways out.
+        DoesNotFitError: if its weights do not fit in memory.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda, source = torch.cuda.is_available(), locate(config.model)
     card = int(os.environ.get("LOCAL_RANK", 0))  # each of several processes has its own
-    # Full fine-tuning keeps float32 weights: bfloat16 would round its small steps away.
-    dtype = "float32" if config.method == "full" else config.compute_dtype
     try:
         _check_reachable(source)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, config.base_dtype),
                 quantization_config=quantization_config(config),
                 device_map={"": card} if cuda and not fsdp() else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the weights of {config.model!r} do not fit in memory; take method=qlora, a smaller "
+            "model, or end the other programs on the card"
+        ) from error
+    except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
             f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). It "
             "must be a folder on this machine or a name on the Hugging Face Hub, with its weights "
@@ -74,6 +94,17 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "--local-dir FOLDER') and set model=FOLDER, or use the preset 'embedded', which needs "
             "no network"
         ) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise ModelUnavailableError(
+            f"the weights of {config.model!r} lack {_some(found['missing_keys'])}, which would be "
+            "drawn at random; download it again"
+        )
+    if found["unexpected_keys"]:
+        print(
+            f"warning: config.json of {config.model!r} knows no layer for "
+            f"{_some(found['unexpected_keys'])}: left out"
+        )
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -87,30 +118,41 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} other tensors" if others else f"the tensor {first}"
+
+
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
 
-    Every file is held against the manifest, and the base against the fingerprint in it. ``base``
-    is where the base is now, if not where the run found it.
+    Every file is compared with the manifest, and the base with the fingerprint in it.
+
+    Args:
+        folder: a run folder.
+        base: where the base is now, if not where the run found it.
+
+    Returns:
+        Model and tokenizer.
 
     Raises:
         DamagedFileError: naming a file that is missing or changed.
-        WrongBaseError: if the base is another, even one of the same shape.
+        CheckpointError: if the base is another, even one of the same shape.
         ModelUnavailableError: if the base cannot be had.
-        LoRAError: in the kinds of ``attach_adapter``.
+        LoRAError: in the kinds of `attach_adapter`.
     """
     folder = Path(folder)
-    facts = verify_manifest(folder)
+    metadata = verify_manifest(folder)
     config = FinetuneConfig.from_yaml(folder / "config.yaml")
     if config.method == "full":
         return load_base(config.replace(model=str(folder)))
     config = config.replace(model=base or config.model)
     model, tokenizer = load_base(config)
     found = fingerprint(locate(config.model))
-    if found != facts["base_sha256"]:
-        raise WrongBaseError(
-            f"the adapter in {folder} was trained on {facts['base_model']!r} (SHA-256 "
-            f"{facts['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
+    if found != metadata["base_sha256"]:
+        raise CheckpointError(
+            f"the adapter in {folder} was trained on {metadata['base_model']!r} (SHA-256 "
+            f"{metadata['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
             f"({found[:12]}…). It would load, and answer badly; pass base= with the right one"
         )
     return attach_adapter(model, folder), tokenizer
@@ -119,29 +161,38 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
 def attach_adapter(
     model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
 ) -> Any:
-    """Lay an adapter that PEFT or this course has written on ``model``: all of it, or none.
+    """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it, under another ``name``.
+    A model that has an adapter already gets another one beside it. PEFT itself would pass over
+    tensors that are missing (a deeper base), left over or damaged. Whether the *weights* of the
+    base are the right ones only `load_run` can tell.
 
-    PEFT itself would pass over tensors that are missing (a deeper base), left over or damaged.
-    Whether the *weights* of the base are the right ones only ``load_run`` can tell.
-    ``allow_partial`` lets an adapter pass that was meant for some blocks only.
+    Args:
+        model: the base; it is changed.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        allow_partial: let an adapter pass that was meant for some blocks only.
+        name: what the adapter is called in the model, without dots.
+
+    Returns:
+        The model with the adapter, ready to answer.
 
     Raises:
         AdapterFileError, DamagedAdapterError, AdapterMismatchError, UntrainedAdapterError: see
-            ``qlora_edu.adapters``.
+            `qlora_edu.adapters`.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    try:
+    if "." in name or not name:
+        # PEFT keeps adapters in a ModuleDict, whose names are parts of a path.
+        raise LoRAError(f"an adapter cannot be called {name!r}; choose a name without a dot")
+    advice = "a folder with adapter_model.safetensors and adapter_config.json is wanted"
+    with reading(f"the adapter in {folder}", AdapterFileError, advice):
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
+        _check_adapter(config, tensors)
     changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
     kinds = {name.rpartition(".")[2] for name in changed}
     linear = {
@@ -157,6 +208,9 @@ def attach_adapter(
             "was trained on, or allow_partial=True if some blocks were left out on purpose",
             left_out,
         )
+    if isinstance(config.target_modules, str):
+        # A regular expression of a stranger may take for ever; the tensors say which layers.
+        config.target_modules = sorted(changed)
     several = hasattr(model, "peft_config")
     config.base_model_name_or_path = None  # PEFT writes down what the base is called here
     with quiet():
@@ -175,6 +229,97 @@ def attach_adapter(
     return adapted.eval()
 
 
+def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse, before a base is touched, settings and tensors that no LoRA adapter has."""
+    if not hasattr(config, "lora_alpha"):
+        raise AdapterFileError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    for name, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+            raise AdapterFileError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
+    if not isinstance(config.target_modules, str | list | tuple | set):
+        raise AdapterFileError(f"target_modules must be names, not {config.target_modules!r}")
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterFileError(
+                f"{name} is of {tensor.dtype}, which no adapter is; save it again"
+            )
+        if "lora_A.weight" in name and tensor.shape[0] not in ranks:
+            raise AdapterMismatchError(
+                f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
+                f"{config.r}; take both files from one place",
+                [name],
+            )
+
+
+def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
+    """Make sure that each layer which is to get an adapter is there.
+
+    Raises:
+        ConfigError: naming the targets that no linear layer is called by.
+    """
+    if config.targets == "all-linear" or config.method == "full":
+        return
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    for target in config.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ConfigError(
+                f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
+                f"says; {did_you_mean(target, kinds)}"
+            )
+
+
+def check_questions(conversations: Iterable[Conversation]) -> None:
+    """Make sure that something is asked before the first answer of each.
+
+    Raises:
+        DataError: naming the row.
+    """
+    for conversation in conversations:
+        if conversation[0]["role"] == "assistant":
+            raise DataError(
+                f"{conversation.where} begins with an answer, so that nothing is asked; put the "
+                "question before it, or drop the row"
+            )
+
+
+def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
+    """Make sure that the model has a position for each token of each row.
+
+    Raises:
+        DataError: naming the longest row's tokens, and what to do.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = max(len(row["input_ids"]) for row in rows)
+    if longest > positions:
+        raise DataError(
+            f"the longest row has {longest:,} tokens, and the model knows {positions:,} positions; "
+            "lower max_length to that"
+        )
+
+
+def check_processes(config: FinetuneConfig) -> int:
+    """How many processes share the work; refuse a number, or a way, that cannot.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.gradient_accumulation_steps % processes:
+        raise ConfigError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by "
+            f"{processes} processes; choose a multiple"
+        )
+    if fsdp() and (config.save_steps or not torch.cuda.is_available()):
+        raise ConfigError(
+            "FSDP needs CUDA (on a CPU the trainer would pass over it in silence), and this course "
+            "writes no checkpoints of a base in shares: set save_steps=0"
+        )
+    return processes
+
+
 def fsdp() -> bool:
     """Was this process launched to share the base out with others (accelerate's FSDP)?"""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -183,7 +328,7 @@ def fsdp() -> bool:
 def check_one_dtype(model: torch.nn.Module) -> None:
     """Refuse a model that FSDP of version 1 cannot flatten: all its tensors must be of one dtype.
 
-    Packed 4-bit weights count with the dtype that they are stored as (``quant_storage``).
+    Packed 4-bit weights count with the dtype that they are stored as (`quant_storage`).
 
     Raises:
         ConfigError: naming the dtypes, a tensor of each, and what to set.
@@ -202,7 +347,8 @@ def check_one_dtype(model: torch.nn.Module) -> None:
 
 def locate(name: str) -> str:
     """A local path as it is, or under the repository's root if it is there; else a Hub name."""
-    return name if Path(name).exists() or not (ROOT / name).exists() else str(ROOT / name)
+    exists = os.path.exists  # which says no to what can be no path, instead of raising
+    return name if exists(name) or not exists(ROOT / name) else str(ROOT / name)
 
 
 def _check_reachable(source: str) -> None:

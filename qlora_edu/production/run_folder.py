@@ -1,50 +1,154 @@
-"""Support for chapters 9 and 10: what a fine-tune leaves behind, in memory and on disk.
+"""Support for chapters 9 and 10: a run on its way, and what it leaves behind.
 
 A run folder is written whole or not at all: everything goes to a hidden folder beside it, which
 takes its name in one move at the end. A fine-tune killed half-way leaves no folder that looks done.
 """
 
+import contextlib
 import json
 import platform
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from qlora_edu.errors import RunExistsError
-from qlora_edu.production.checkpoints import write_manifest
+from qlora_edu.errors import (
+    DamagedFileError,
+    DoesNotFitError,
+    QloraError,
+    RunExistsError,
+    TrainingError,
+)
+from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.production.checkpoints import (
+    STACK,
+    cannot_write,
+    checkpoints,
+    verify_manifest,
+    write_manifest,
+)
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import Conversation
 
-STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
-
 
 @dataclass(frozen=True)
-class Measured:
+class Scores:
     """The base or the fine-tuned model on the held-out rows."""
 
-    held_out_loss: float  # nats a token
+    held_out_loss: float  # nats per token
     exact_match: float | None  # share of answers, None if no answers were asked for
     answers: list[str] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What came of a run; ``model`` and ``tokenizer`` are ready to answer."""
+@dataclass(kw_only=True)
+class Run:
+    """A fine-tune on its way: what was prepared, and what has come of it so far.
+
+    Attributes:
+        part: where the run is written, until all of it takes the name `folder` in one move.
+        writes: false in every process but the first, if there are several.
+        checkpoint: the one that the run goes on from.
+        metadata: what its checkpoints and its adapter belong to; see `run_metadata`.
+        encoded, rows: the held-out and the training rows as tokens and labels.
+        losses: pairs of a step and the mean loss since the pair before.
+    """
 
     config: FinetuneConfig
     folder: Path
-    before: Measured
-    after: Measured
+    part: Path
+    writes: bool
+    progress: bool
+    checkpoint: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    held_out: list[Conversation] = field(default_factory=list)
+    encoded: list[dict[str, list[int]]] = field(default_factory=list)
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    trainer: Any = None
+    before: Scores | None = None
+    after: Scores | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0  # of training
+
+    @property
+    def longest(self) -> list[dict[str, list[int]]]:
+        """The longest batch that may come."""
+        return sorted(self.rows, key=lambda row: -len(row["input_ids"]))[: self.config.batch_size]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+
+    def warn_of_long_answers(self) -> None:
+        """Say how many answers cannot be matched, since generation stops before their end."""
+        limit, rows = self.config.max_new_tokens, self.encoded[: self.config.answer_rows]
+        long = sum(sum(label != -100 for label in row["labels"]) > limit for row in rows)
+        if long:
+            print(
+                f"warning: {long} held-out answer{'s have' if long > 1 else ' has'} more than "
+                f"max_new_tokens={limit} tokens, so generation stops before their end"
+            )
+
+    @contextlib.contextmanager
+    def saying_where(self) -> Iterator[None]:
+        """Add to whatever ends the run how far it had come, and from where it can go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at {self.whereabouts()}") from None
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"out of memory at {self.whereabouts()}. Training: lower batch_size, and begin "
+                "again. Measuring: lower eval_batch_size, and resume"
+            ) from error
+        except TrainingError as error:
+            raise TrainingError(f"{error} ({self.whereabouts()})") from error
+
+    def whereabouts(self) -> str:
+        """How far the run has come, and the step from which it can go on."""
+        step = self.trainer.state.global_step if self.trainer else 0
+        saved = checkpoints(checkpoints_of(self.folder))
+        goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint yet"
+        return f"step {step} of {self.config.max_steps}; {goes_on}"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of a run; `model` and `tokenizer` are ready to answer."""
+
+    config: FinetuneConfig
+    folder: Path
+    before: Scores
+    after: Scores
     training_seconds: float  # without loading and without the two measurements
     losses: list[tuple[int, float]] = field(repr=False)  # (step, mean loss since the entry before)
     trainable_parameters: int
     held_out: list[Conversation] = field(repr=False)
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """The result of a run that is measured twice and trained between."""
+        assert run.before and run.after
+        return cls(
+            config=run.config,
+            folder=run.folder,
+            before=run.before,
+            after=run.after,
+            training_seconds=run.seconds,
+            losses=run.losses,
+            trainable_parameters=run.trainable_parameters,
+            held_out=run.held_out,
+            model=run.trainer.model.eval(),
+            tokenizer=run.tokenizer,
+        )
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures of the run, ready for JSON."""
@@ -80,21 +184,23 @@ class FinetuneResult:
         return f"exact match {matches} on {len(self.after.answers)} held-out rows, {ending}"
 
 
-def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
-    """Where the run will be written: ``output_dir``, or the first free ``runs/<name>``.
+# Where a run is written
 
-    To resume, it is ``output_dir``, or the last ``runs/<name>`` that was interrupted.
+
+def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
+    """Where the run will be written: `output_dir`, or the first free `runs/<name>`.
+
+    To resume, it is `output_dir`, or the last `runs/<name>` that was interrupted. Nothing is
+    changed on the disk.
 
     Raises:
-        RunExistsError: if ``output_dir`` is there already, or checkpoints of an interrupted run are
+        RunExistsError: if `output_dir` is there already, or checkpoints of an interrupted run are
             and they are not to be resumed.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir)
-        if folder.exists() and checkpoints_of(folder).exists() and resume:
-            # Killed after the run was written whole, and before its checkpoints were tidied away.
-            shutil.rmtree(checkpoints_of(folder), ignore_errors=True)
-            raise RunExistsError(f"{folder} is whole: that run had come to its end, and is kept")
+        if resume and _is_finished(folder):
+            raise RunExistsError(f"{folder} is finished: there is nothing to resume")
         if folder.exists():
             raise RunExistsError(
                 f"{folder} exists, and a run overwrites nothing; choose another output_dir, or "
@@ -111,30 +217,107 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
     interrupted = [f for f in folders if checkpoints_of(f).exists() and not f.exists()]
     if resume and interrupted:
         return interrupted[-1]
-    return next(f for f in folders if not f.exists() and f not in interrupted)
+    free = [f for f in folders if not f.exists() and f not in interrupted]
+    if not free:
+        raise RunExistsError(f"runs/{config.name} … -999 are all taken; choose another name")
+    return free[0]
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Where the checkpoints of the run ``folder`` are kept until it is written."""
+    """Where the checkpoints of the run `folder` are kept until it is written.
+
+    >>> checkpoints_of(Path("runs/mine")).as_posix()
+    'runs/mine.checkpoints'
+    """
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
-def write_run(folder: Path, result: FinetuneResult, facts: dict[str, Any]) -> None:
-    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest."""
+def _is_finished(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(verify_manifest(folder))
+    except DamagedFileError:
+        return False
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished run, whose folder holds all that they were for.
+
+    What somebody else has put beside them stays. Unless the run folder is whole, nothing is done.
+    """
+    saved = checkpoints_of(folder)
+    if not saved.exists() or not _is_finished(folder):
+        return
+    for path in (*checkpoints(saved), *saved.glob(".checkpoint-*.part-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        saved.rmdir()
+
+
+def discard_unfinished(config: FinetuneConfig) -> None:
+    """Remove what a killed process has left: half-written folders, checkpoints of a finished run.
+
+    Of the run, that is, which `config` would resume.
+    """
+    if config.output_dir is not None:
+        discard_checkpoints(Path(config.output_dir))
+    with contextlib.suppress(RunExistsError):
+        folder = choose_output_dir(config, resume=True)
+        hidden = f".{folder.name}.part-*"
+        half = checkpoints_of(folder).glob(".checkpoint-*.part-*")
+        for part in (*folder.parent.glob(hidden), *half):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
+    """The hidden folder that becomes `folder`, in place of its checkpoints, when all is written.
+
+    A process that writes nothing gets a temporary one.
+
+    Raises:
+        CheckpointError: if the disk refuses; if it can be known, before an hour of training.
+    """
+    from safetensors import SafetensorError
+
+    if not writes:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
+    try:
+        with whole_or_absent(folder) as part:
+            yield part
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, QloraError):
+            raise
+        raise cannot_write(folder, error) from error
+    discard_checkpoints(folder)
+
+
+# What is written
+
+
+def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:
+    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest.
+
+    Raises:
+        TrainingError: if a trained weight or a figure is not finite; nothing has been written.
+    """
     import yaml
 
     config = result.config
-    save_weights(result.model, folder, config)
-    result.tokenizer.save_pretrained(folder)
-    settings = yaml.safe_dump(asdict(config), sort_keys=False)
-    (folder / "config.yaml").write_text(settings, encoding="utf-8")
     metrics = [
         {"event": "before", **asdict(result.before)},
         *({"event": "step", "step": step, "loss": loss} for step, loss in result.losses),
         {"event": "after", **asdict(result.after)},
         {"event": "summary", **result.summary()},
     ]
-    lines = "".join(json.dumps(metric, ensure_ascii=False) + "\n" for metric in metrics)
+    lines = "".join(
+        json.dumps(metric, ensure_ascii=False, allow_nan=False) + "\n" for metric in metrics
+    )
+    save_weights(result.model, folder, config)
+    result.tokenizer.save_pretrained(folder)
+    settings = yaml.safe_dump(asdict(config), sort_keys=False)
+    (folder / "config.yaml").write_text(settings, encoding="utf-8")
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     versions = {
         "seed": config.seed,
@@ -143,13 +326,32 @@ def write_run(folder: Path, result: FinetuneResult, facts: dict[str, Any]) -> No
         **{name: version(name) for name in STACK},
     }
     (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
-    write_manifest(folder, facts)
+    write_manifest(folder, metadata)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
-    """Write the adapter, as PEFT does, or for ``method="full"`` the whole model."""
+    """Write the adapter, as PEFT does, or for `method="full"` the whole model.
+
+    Raises:
+        TrainingError: naming a trained weight that is not finite; nothing has been written.
+    """
+    check_finite((n, p) for n, p in model.named_parameters() if p.requires_grad)
     if config.method == "full":
         model.save_pretrained(folder)
         return
     model.peft_config["default"].base_model_name_or_path = config.model
     model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound.
+
+    Raises:
+        TrainingError: naming the first of them.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TrainingError(
+                f"{name} holds NaN or infinity, so the training has diverged and nothing of it is "
+                "written; lower learning_rate or max_grad_norm, and start again"
+            )

@@ -1,12 +1,11 @@
 """Support for chapter 10: what a trained adapter becomes when it goes to work.
 
-There are two ways. **Merged**, ``ΔW`` is added to the weight and the adapter is gone: a plain
+There are two ways. **Merged**, `ΔW` is added to the weight and the adapter is gone: a plain
 checkpoint that any program loads, as fast as the base, in 16 bits. **Unmerged**, one base serves
 several adapters, and each request says which: a little slower, but ten assistants take the memory
 of one base and ten small files.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import LoRAError, UnknownAdapterError
+from qlora_edu.errors import LoRAError, RunExistsError
 from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.production.config import did_you_mean
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGE_TARGETS, merge_weight
 from qlora_edu.quantized import QuantizedTensor
@@ -35,9 +35,14 @@ def merged_tensors(
 ) -> dict[str, Tensor]:
     """The weights of a PEFT model with its adapter merged, under the names of the plain model.
 
-    ``into`` is as for ``merge_weight``: ``"dequantized"``, the base that the adapter was trained
-    beside; ``"original"``, whose tensors are then wanted; or ``"4-bit"``. A base that was never
-    quantised has only one way, and ``into`` is not looked at.
+    A base that was never quantised has only one way, and `into` is not looked at.
+
+    Args:
+        model: a PEFT model with one active adapter.
+        into: as for `merge_weight`: `"dequantized"`, the base that the adapter was trained beside;
+            `"original"`, whose tensors are then wanted; or `"4-bit"`.
+        dtype: of the merged weights.
+        original: the base's tensors before it was quantised, by name.
 
     Raises:
         LoRAError: if the adapter is more than LoRA on linear layers, if nothing is adapted, or if
@@ -48,7 +53,9 @@ def merged_tensors(
     config = model.peft_config[model.active_adapter]
     for field in ("modules_to_save", "use_dora", "trainable_token_indices"):
         if getattr(config, field, None):
-            raise LoRAError(f"this adapter has {field}; only plain LoRA can be merged here")
+            raise LoRAError(
+                f"this adapter has {field}; only plain LoRA can be merged here: merge it with PEFT"
+            )
     base, merged, changed = model.get_base_model(), {}, 0
     for name, parameter in base.named_parameters():
         if "lora_" in name:
@@ -69,10 +76,15 @@ def merged_tensors(
         else:
             total = weight.float() + delta.float()
             if not total.isfinite().all():
-                raise LoRAError(f"merging would write NaN or infinity into {plain_name}")
+                raise LoRAError(
+                    f"merging would write NaN or infinity into {plain_name}: adapter or base are "
+                    "damaged; load them again"
+                )
             merged[plain_name] = total.to(dtype)
     if not changed:
-        raise LoRAError("no layer of this model is adapted, so there is nothing to merge")
+        raise LoRAError(
+            "no layer of this model is adapted; attach an adapter, or nothing is to merge"
+        )
     return merged
 
 
@@ -86,18 +98,18 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    The folder is written whole or not at all. ``merged.json`` in it says what was merged into what.
+    The folder is written whole or not at all. `merged.json` in it says what was merged into what.
 
     Raises:
-        FileExistsError: if the folder is there already.
-        LoRAError: see ``merged_tensors``.
+        RunExistsError: if the folder is there already.
+        LoRAError: see `merged_tensors`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
+        raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     tensors = merged_tensors(model, into, dtype, original)
     fields = model.get_base_model().config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
@@ -109,9 +121,11 @@ def write_merged(
     plain.tie_weights()
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if left:
-        raise LoRAError(f"the merged model lacks {', '.join(left)}; is it of another architecture?")
+        raise LoRAError(
+            f"the merged model lacks {', '.join(left)}; give the model that was fine-tuned, whole"
+        )
     adapter = model.peft_config[model.active_adapter]
-    facts = {
+    metadata = {
         "base_model": adapter.base_model_name_or_path,
         "merged_into": into,
         "dtype": str(dtype).removeprefix("torch."),
@@ -121,7 +135,7 @@ def write_merged(
     with whole_or_absent(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "merged.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (part / "merged.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
@@ -135,17 +149,19 @@ def _weight_of(layer: nn.Module) -> Tensor | QuantizedTensor:
 class AdapterShelf:
     """One base in memory, several adapters beside it, and each request takes one.
 
-    ``adapters`` gives each a name and a folder. ``model`` is changed: it gets them all. Each lies
-    on the base for itself; they are never added up.
+    Each adapter is attached on its own; they are never added up.
+
+    Args:
+        model: the base; it is changed, and gets all adapters.
+        adapters: the folder of each, by name.
 
     Raises:
-        ValueError: for the name "base", which means none of them.
-        LoRAError: in the kinds of ``attach_adapter``, if a folder does not fit the base.
+        LoRAError: if a folder does not fit the base, or for the name "base", which means none.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, str | Path]) -> None:
         if BASE in adapters:
-            raise ValueError(f"{BASE!r} is the model without an adapter; choose another name")
+            raise LoRAError(f"{BASE!r} is the model without an adapter; choose another name")
         for name, folder in adapters.items():
             model = attach_adapter(model, folder, name=name)
         self.model = model.eval()
@@ -156,7 +172,7 @@ class AdapterShelf:
         """The model with that adapter, for as long as the block lasts.
 
         Raises:
-            UnknownAdapterError: naming those that are there.
+            LoRAError: if there is none of that name; it names those that are there.
         """
         self.check(name)
         if len(self.names) == 1:
@@ -169,11 +185,9 @@ class AdapterShelf:
             yield self.model
 
     def check(self, name: str) -> None:
-        """Raise ``UnknownAdapterError`` unless there is a system of that name."""
+        """Raise `LoRAError` unless there is a system of that name."""
         if name not in self.names:
-            near = difflib.get_close_matches(name, self.names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names)}"
-            raise UnknownAdapterError(f"no adapter {name!r}; {hint}")
+            raise LoRAError(f"no adapter {name!r}; {did_you_mean(name, self.names)}")
 
     def nbytes(self, name: str) -> int:
         """Bytes that a system needs beside the others: an adapter's tensors, or all of the base."""

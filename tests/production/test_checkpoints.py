@@ -5,10 +5,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bitsandbytes
@@ -23,15 +23,21 @@ from torch import nn
 
 from qlora_edu import finetune as run_finetune
 from qlora_edu.adapters import AdapterMismatchError, DamagedAdapterError, UntrainedAdapterError
-from qlora_edu.errors import CheckpointError, RunExistsError, TrainingError
+from qlora_edu.cli import main
+from qlora_edu.errors import (
+    CheckpointError,
+    DamagedFileError,
+    LoRAError,
+    RunExistsError,
+    TrainingError,
+)
+from qlora_edu.files import atomic
 from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.files.peft_format import AdapterFileError
-from qlora_edu.finetuning import main
 from qlora_edu.production import checkpoints as module
+from qlora_edu.production import run_folder
 from qlora_edu.production.checkpoints import (
-    CannotWriteError,
-    DamagedFileError,
-    WrongBaseError,
+    MANIFEST,
     checkpoints,
     fingerprint,
     latest_checkpoint,
@@ -45,7 +51,11 @@ from qlora_edu.production.checkpoints import (
 )
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import attach_adapter, load_run
-from qlora_edu.production.run_folder import checkpoints_of, choose_output_dir
+from qlora_edu.production.run_folder import (
+    checkpoints_of,
+    choose_output_dir,
+    discard_checkpoints,
+)
 
 STEPS = 12
 
@@ -162,58 +172,100 @@ def processes():
     return context
 
 
+def killed_at_line(config, line):
+    """Fine-tune, and be killed before the `line`-th line of the course that runs in training."""
+    from qlora_edu.production import callback
+
+    count = 0
+
+    def step(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        if count == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    def trace(frame, event, argument):
+        return step if frame.f_code.co_filename in watched else None
+
+    watched = {module.__file__, callback.__file__, run_folder.__file__, atomic.__file__}
+    sys.settrace(trace)
+    fine_tune(config, resume=False)
+    sys.settrace(None)
+    Path(f"{config.output_dir}.lines").write_text(str(count))
+
+
 def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tmp_path, processes):
-    """SIGKILL, which nobody can catch, and then the same command again with ``resume``."""
+    """SIGKILL, which nobody can catch, and then the same command again with `resume`.
 
-    def start(config, resume):
-        process = processes.Process(target=fine_tune, args=(config, resume))
+    A moment is a line of the modules that write, so that no clock decides which are tried.
+    """
+
+    def start(target, *arguments):
+        process = processes.Process(target=target, args=arguments)
         process.start()
-        return process
-
-    # The first run also waits for the server to import everything; the second is timed.
-    for name in ("first", "whole"):
-        whole = make_config(base, data, tmp_path / name, answer_rows=0)
-        started = time.perf_counter()
-        process = start(whole, False)
         process.join()
-        seconds = time.perf_counter() - started
+        return process.exitcode
+
+    whole = make_config(base, data, tmp_path / "whole", answer_rows=0)
+    assert start(killed_at_line, whole, -1) == 0
+    lines = int((tmp_path / "whole.lines").read_text())
     expected = weights(Path(whole.output_dir))
     rng = random.Random(0)
     steps_found = set()
     for kill in range(20):
         config = make_config(base, data, tmp_path / f"killed-{kill}", answer_rows=0)
-        process = start(config, False)
-        process.join(timeout=seconds * rng.uniform(0.2, 1.0))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        line = rng.randrange(lines * kill // 20, lines * (kill + 1) // 20) + 1
+        assert start(killed_at_line, config, line) == -signal.SIGKILL
         folder = Path(config.output_dir)
+        found = checkpoints(checkpoints_of(folder))
+        steps_found.add(found[-1].name if found else "none")
         if not folder.exists():
-            found = checkpoints(checkpoints_of(folder))
-            steps_found.add(found[-1].name if found else "none")
-            again = start(config, True)
-            again.join()
-            assert again.exitcode == 0
+            assert start(fine_tune, config, True) == 0
         elif checkpoints_of(folder).exists():  # the kill came between the run and the tidying up
-            start(config, True).join()
-        assert weights(folder) == expected, f"killed after {config.output_dir}, {steps_found}"
+            start(fine_tune, config, True)
+        assert weights(folder) == expected, f"killed before line {line}, {steps_found}"
         assert verify_manifest(folder)["base_sha256"] == fingerprint(base)
         left = [path.name for path in tmp_path.iterdir() if f"killed-{kill}" in path.name]
         assert left == [f"killed-{kill}"]  # no half-written folder stays behind
-    assert len(steps_found) >= 4, steps_found  # the kills came at different points of the run
+    assert len(steps_found) >= 5, steps_found  # the kills came at different points of the run
 
 
-def test_what_was_killed_while_tidying_up_has_come_to_its_end(base, data, tmp_path):
-    config = make_config(base, data, tmp_path / "run", answer_rows=0)
-    folder = Path(config.output_dir)
+def finished(folder):
     folder.mkdir(parents=True)
-    checkpoints_of(folder).mkdir()
-    with pytest.raises(RunExistsError, match="overwrites nothing"):
-        choose_output_dir(config)
-    assert checkpoints_of(folder).exists()
-    with pytest.raises(RunExistsError, match="had come to its end"):
-        choose_output_dir(config, resume=True)
-    assert folder.exists() and not checkpoints_of(folder).exists()
+    (folder / "adapter").write_text("trained")
+    write_manifest(folder, {"step": STEPS})
+    (checkpoints_of(folder) / "checkpoint-000002").mkdir(parents=True)
+    return checkpoints_of(folder)
+
+
+def test_choosing_a_folder_changes_nothing(config):
+    folder = Path(config.output_dir)
+    saved = finished(folder)
+    for resume, says in ((False, "overwrites nothing"), (True, "nothing to resume")):
+        with pytest.raises(RunExistsError, match=says):
+            choose_output_dir(config, resume)
+    assert list(saved.iterdir())
+
+
+def test_a_run_killed_while_it_removed_its_checkpoints_is_tidied_by_resume(config):
+    folder = Path(config.output_dir)
+    saved = finished(folder)
+    with pytest.raises(RunExistsError, match="nothing to resume"):
+        run_finetune(config, progress=False, resume=True)
+    assert folder.exists() and not saved.exists()
+
+
+def test_checkpoints_go_only_when_the_run_is_whole_and_notes_never(config):
+    folder = Path(config.output_dir)
+    saved = finished(folder)
+    (saved / "note.txt").write_text("mine")
+    (folder / "adapter").write_text("changed")
+    discard_checkpoints(folder)
+    assert (saved / "checkpoint-000002").exists()
+    (folder / "adapter").write_text("trained")
+    discard_checkpoints(folder)
+    assert [path.name for path in saved.iterdir()] == ["note.txt"]
 
 
 def save_three(folder):
@@ -286,16 +338,16 @@ def test_grouped_rows_resume_in_the_same_order(base, data, tmp_path, stop_at):
     )
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "scheduler", "dice"])
+@pytest.mark.parametrize("forgotten", ["optimizer", "scheduler", "random state"])
 def test_each_part_of_the_state_is_needed(config, stop_at, uninterrupted, forgotten, monkeypatch):
     """What the faults in the stack forget silently; if one made no difference, tests were blind."""
-    from qlora_edu.production import callback as watch
+    from qlora_edu.production import callback
 
     interrupted(config, stop_at)
     if forgotten == "optimizer":
-        monkeypatch.setattr(watch, "load_optimizer_state", lambda *args: None)
-    elif forgotten == "dice":
-        monkeypatch.setattr(watch, "set_random_state", lambda state: None)
+        monkeypatch.setattr(callback, "load_optimizer_state", lambda *args: None)
+    elif forgotten == "random state":
+        monkeypatch.setattr(callback, "set_random_state", lambda state: None)
     else:
         from torch.optim.lr_scheduler import LambdaLR
 
@@ -379,15 +431,13 @@ def test_any_flipped_bit_is_found(content, place):
 
 
 def test_a_checkpoint_of_another_base_is_refused(config, stop_at, base, tmp_path):
-    import shutil
-
     interrupted(config, stop_at)
     other = tmp_path / "other"
     shutil.copytree(base, other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-3  # the same shapes, one number of 100,000
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WrongBaseError, match="with other weights than"):
+    with pytest.raises(CheckpointError, match="with other weights than"):
         # The settings name the same folder: its content has changed since.
         run_finetune(config.replace(model=str(other)), progress=False, resume=True)
 
@@ -402,17 +452,54 @@ def test_other_settings_or_rows_are_refused_by_name(config, stop_at, tmp_path):
     moved = config.replace(train_data=str(changed), output_dir=str(tmp_path / "second"))
     interrupted(moved, stop_at)
     changed.write_text("".join(reversed(rows)))
-    with pytest.raises(CheckpointError, match="trained on other rows than"):
+    with pytest.raises(CheckpointError, match="made with other training rows than"):
         run_finetune(moved, progress=False, resume=True)
+
+
+def test_held_out_rows_may_not_change_between_kill_and_resume(config, stop_at, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    rows = Path(config.held_out_data).read_text().splitlines(keepends=True)
+    held_out.write_text("".join(rows))
+    config = config.replace(held_out_data=str(held_out))
+    interrupted(config, stop_at)
+    held_out.write_text("".join(reversed(rows)))
+    with pytest.raises(
+        CheckpointError, match="made with other held-out rows .* bring the file back"
+    ):
+        run_finetune(config, progress=False, resume=True)
+
+
+def test_a_base_whose_configuration_has_changed_is_refused(config, stop_at, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    config = config.replace(model=str(other))
+    interrupted(config, stop_at)
+    said = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-2}))
+    with pytest.raises(CheckpointError, match="made with other config.json of the base"):
+        run_finetune(config, progress=False, resume=True)
+
+
+def test_what_decides_no_weight_may_be_changed_by_who_resumes(
+    config, stop_at, uninterrupted, tmp_path
+):
+    interrupted(config, stop_at)
+    moved = shutil.copy(config.train_data, tmp_path / "moved.jsonl")
+    changes = {
+        "train_data": str(moved),
+        "eval_batch_size": 1,
+        "save_total_limit": 3,
+        "sample_steps": 0,
+        "save_steps": 5,
+    }
+    result = run_finetune(config.replace(**changes), progress=False, resume=True)
+    assert weights(result.folder) == uninterrupted[0]
 
 
 def test_other_versions_are_said(config, stop_at, monkeypatch, capsys):
 
     interrupted(config, stop_at)
-    real = sys.modules["qlora_edu.finetuning"].version
-    monkeypatch.setattr(
-        sys.modules["qlora_edu.finetuning"], "version", lambda n: "9" if n == "trl" else real(n)
-    )
+    real = module.version
+    monkeypatch.setattr(module, "version", lambda n: "9" if n == "trl" else real(n))
     run_finetune(config, progress=False, resume=True)
     assert "warning: trl was 1." in capsys.readouterr().out
 
@@ -438,9 +525,9 @@ def test_the_command_line_resumes(config, stop_at, uninterrupted, tmp_path, caps
 
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(asdict(config)))
-    assert main(["--config", str(file)]) == 1
+    assert main(["finetune", "--config", str(file)]) == 1
     assert "--resume" in capsys.readouterr().err
-    assert main(["--config", str(file), "--resume"]) == 0
+    assert main(["finetune", "--config", str(file), "--resume"]) == 0
     assert weights(Path(config.output_dir)) == uninterrupted[0]
 
 
@@ -455,19 +542,47 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     original = FinetuneCallback.on_step_end
 
     def poison(self, args, state, control, model, **others):
-        original(self, args, state, control, model, **others)
+        original(self, args, state, control, model=model, **others)
         if state.global_step == 6:
             next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     monkeypatch.setattr(FinetuneCallback, "on_step_end", poison)
-    with pytest.raises(TrainingError, match="the loss is nan at step 8"):
+    with pytest.raises(
+        TrainingError, match="lora_A.* holds NaN or infinity.*step 6 .*checkpoint-000004"
+    ):
         run_finetune(config, progress=False)
     saved = checkpoints_of(Path(config.output_dir))
     path, _ = latest_checkpoint(saved)
     assert not Path(config.output_dir).exists()
-    # The weights went bad during step 6; the checkpoint before it is still there and good.
-    good = saved / "checkpoint-000004"
-    assert all(t.isfinite().all() for t in load_file(good / "adapter_model.safetensors").values())
+    # The weights went bad in step 6: its checkpoint is not written, and the one before it is sound.
+    assert path.name == "checkpoint-000004"
+    assert all(t.isfinite().all() for t in load_file(path / "adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_weights_that_the_last_step_spoilt_are_never_written(config, monkeypatch, method):
+    """No loss is logged after the last step, unless it is a multiple of `logging_steps`."""
+    from qlora_edu.production import callback
+
+    def poison(self, args, state, control, model, **others):
+        if state.global_step == 5:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            trained[-1].data.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(callback.FinetuneCallback, "on_step_end", poison)
+    settings = config.replace(method=method, max_steps=5, logging_steps=4, save_steps=0)
+    with pytest.raises(TrainingError, match="(holds NaN or infinity|held-out loss is nan)"):
+        run_finetune(settings, progress=False)
+    assert list(Path(config.output_dir).parent.iterdir()) == []
+
+
+def test_a_base_with_nan_is_found_before_training(config, base, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="held-out loss is nan; the weights are damaged"):
+        run_finetune(config.replace(model=str(broken)), progress=False)
 
 
 def test_a_full_disk_is_an_error_that_says_so_and_harms_nothing(tmp_path):
@@ -477,7 +592,8 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from qlora_edu.checkpoints import CannotWriteError, save_checkpoint
+from qlora_edu.errors import CheckpointError
+from qlora_edu.production.checkpoints import save_checkpoint
 
 folder = Path({str(tmp_path)!r}) / "run"
 small, large = ({{"w": torch.zeros(n)}} for n in (1_000, 100_000))
@@ -486,7 +602,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_checkpoint(folder, 2, lambda part: save_file(large, part / "w.safetensors"), {{}})
-except CannotWriteError as error:
+except CheckpointError as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -507,13 +623,13 @@ def test_a_disk_that_refuses_ends_a_run_that_can_be_resumed(
 ):
     real = module.write_manifest
 
-    def refuse(folder, facts):
-        if facts.get("step") == 6:
+    def refuse(folder, metadata):
+        if metadata.get("step") == 6:
             raise error
-        real(folder, facts)
+        real(folder, metadata)
 
-    monkeypatch.setattr(module, "seal", refuse)
-    with pytest.raises(CannotWriteError, match=says):
+    monkeypatch.setattr(module, "write_manifest", refuse)
+    with pytest.raises(CheckpointError, match=says):
         run_finetune(config, progress=False)
     monkeypatch.undo()
     result = run_finetune(config, progress=False, resume=True)
@@ -546,6 +662,35 @@ def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path, monkeypatc
     at = calls.index("rename")
     assert {"a", "b", "sub", f".made.part-{os.getpid()}"} == set(calls[:at])
     assert calls[at + 1 :] == [tmp_path.name]
+
+
+@pytest.mark.parametrize("sums", [{}, {"../outside": "0"}, {"/etc/hosts": "0"}, [1], None])
+def test_a_manifest_that_vouches_for_nothing_is_refused(tmp_path, sums):
+    (tmp_path / "file").write_text("x")
+    write_manifest(tmp_path, {"step": 1})
+    text = json.dumps(json.loads((tmp_path / MANIFEST).read_text()) | {"sha256": sums})
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(DamagedFileError, match=MANIFEST):
+        verify_manifest(tmp_path)
+
+
+def test_a_run_folder_that_cannot_be_written_is_said_before_anything_is_loaded(config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    settings = config.replace(output_dir=str(tmp_path / "file" / "run"), model="nobody/nothing")
+    with pytest.raises(CheckpointError, match="cannot write .*run .*Look at the folder"):
+        run_finetune(settings, progress=False)
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoints(config, uninterrupted, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_manifest", full)
+    with pytest.raises(CheckpointError, match="cannot write .*run .*Free some space, then resume"):
+        run_finetune(config, progress=False)
+    monkeypatch.undo()
+    result = run_finetune(config, progress=False, resume=True)
+    assert weights(result.folder) == uninterrupted[0]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -603,13 +748,13 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):
         load_optimizer_state(make([nn.Parameter(torch.ones(1))]), tensors, rest)
 
 
-def test_all_dice_are_put_back(tmp_path):
+def test_all_random_states_are_put_back(tmp_path):
     random.gauss(0, 1)  # Python and NumPy keep the second number of a pair for later
     np.random.normal()
-    save_file(random_state(), tmp_path / "dice")
+    save_file(random_state(), tmp_path / "state")
     expected = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
     torch.rand(5), random.random(), np.random.rand(5)
-    set_random_state(load_file(tmp_path / "dice"))
+    set_random_state(load_file(tmp_path / "state"))
     found = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
     assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
 
@@ -626,8 +771,6 @@ def run(base, data, tmp_path_factory):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    import shutil
-
     return shutil.copytree(run.folder, tmp_path / "copied")
 
 
@@ -684,13 +827,11 @@ def make_other(base, folder, change):
 @pytest.mark.parametrize("change", ["one number", "deeper", "shallower"])
 def test_an_adapter_on_another_base_is_refused(copied, base, tmp_path, change):
     other = make_other(base, tmp_path / "other", change)
-    with pytest.raises(WrongBaseError, match="would load, and answer badly"):
+    with pytest.raises(CheckpointError, match="would load, and answer badly"):
         load_run(copied, base=str(other))
 
 
 def test_a_base_that_has_moved_is_still_the_base(copied, base, tmp_path):
-    import shutil
-
     moved = shutil.copytree(base, tmp_path / "moved")
     load_run(copied, base=str(moved))
 
@@ -708,9 +849,59 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     with pytest.raises(AdapterMismatchError, match=says):
         attach_adapter(model, copied)
     assert [name for name, _ in model.named_parameters()] == names
-    if change == "deeper":  # said to be on purpose, it is laid on the two blocks that it is for
+    if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
         model = attach_adapter(model, copied, allow_partial=True)
         assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 1e308}, "lora_alpha is 1e\\+308"),
+        ({"lora_alpha": "32"}, "lora_alpha is '32'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": 2**40}, "says r = 1099511627776"),
+        ({"r": 0}, "says r = 0"),
+        ({"peft_type": "PREFIX_TUNING"}, "LoRA is wanted"),
+        ({"peft_type": "NOTHING"}, "cannot read the adapter"),
+        ({"target_modules": 7}, "must be names, not 7"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_refused_and_the_base_is_untouched(
+    copied, base, change, says
+):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(LoRAError, match=says):
+        attach_adapter(model, copied)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_strangers_regular_expression_is_not_run(copied, base):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_config.json"
+    endless = {"target_modules": "(.*)*(.*)*(.*)*(.*)*Z"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | endless))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = attach_adapter(model, copied)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dtype):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with pytest.raises(LoRAError, match="which no adapter is"):
+        attach_adapter(model, copied)
 
 
 @pytest.mark.parametrize(
@@ -725,7 +916,7 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
         ),
     ],
 )
-def test_a_hollow_adapter_is_refused(copied, base, spoil, error, says):
+def test_an_adapter_that_is_empty_damaged_or_untrained_is_refused(copied, base, spoil, error, says):
     from transformers import AutoModelForCausalLM
 
     file = copied / "adapter_model.safetensors"
@@ -734,5 +925,5 @@ def test_a_hollow_adapter_is_refused(copied, base, spoil, error, says):
     with pytest.raises(error, match=says):
         attach_adapter(model, copied)
     file.write_bytes(b"cut")
-    with pytest.raises(AdapterFileError, match="no adapter to be read"):
+    with pytest.raises(AdapterFileError, match="cannot read the adapter in .*a folder with"):
         attach_adapter(model, copied)

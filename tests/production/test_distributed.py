@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny import make_base, make_rows, write_jsonl
 
+from qlora_edu.cli import main
 from qlora_edu.errors import ConfigError
-from qlora_edu.finetuning import main, trainer_settings
+from qlora_edu.finetuning import trainer_settings
 from qlora_edu.production.config import FinetuneConfig
 
 LAUNCH = Path(__file__).resolve().parents[2] / "data" / "launch"
@@ -68,7 +69,7 @@ def settings_file(base, data, folder, name, **changes):
 def test_two_processes_train_as_one(base, data, tmp_path):
     one = settings_file(base, data, tmp_path, "one")
     two = settings_file(base, data, tmp_path, "two")
-    assert main(["--config", str(one)]) == 0
+    assert main(["finetune", "--config", str(one)]) == 0
     config_file = ("--config_file", LAUNCH / "two_processes.yaml")
     command = (*ACCELERATE, *config_file, "-m", "qlora_edu", "finetune", "--config", two)
     launched = launch(command)

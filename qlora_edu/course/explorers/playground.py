@@ -16,7 +16,7 @@ from ipywidgets import (
     VBox,
 )
 
-from qlora_edu.errors import GenerationError, UnknownAdapterError
+from qlora_edu.errors import QloraError
 from qlora_edu.production.chat import Chat, load_chat
 
 BASES = {"as it is": "lora", "in 4 bits": "qlora"}
@@ -135,7 +135,7 @@ class Playground(VBox):
                     self._say("stopped")
                     return
             self._say("")
-        except (GenerationError, UnknownAdapterError) as error:
+        except QloraError as error:
             self._say(str(error))
             for pane in self.panes:
                 pane.value = ""

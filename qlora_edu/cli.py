@@ -1,0 +1,288 @@
+"""The command line: a thin way to what the course does from a notebook.
+
+Settings are given as `--name value` or `name=value`. No input ends in a traceback: what is wrong is
+said in one line, with what to do.
+
+The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it was stopped
+by Ctrl-C, and 1 if anything else was in the way (`plan`: if the step does not fit on the card).
+"""
+
+import argparse
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from qlora_edu.errors import ConfigError, LoRAError, PlanError, QloraError
+
+PLANNED = {
+    "method": "full, lora, qlora or houlsby",
+    "batch_size": "rows that go through the model together",
+    "max_length": "tokens of a row",
+    "optim": "optimizer; the states of a paged one may leave the card",
+    "r": "rank of the adapters",
+    "bottleneck": "width of a Houlsby adapter",
+    "target_modules": "layers with adapters: all-linear, or names with commas between them",
+    "lora_dropout": "share of an adapter's inputs that is switched off",
+    "dtype": "dtype of weights that are not quantised, and of the computation",
+    "adapter_dtype": "dtype of the adapters",
+    "quant_type": "the levels of the 4-bit weights",
+    "blocksize": "weights that share a constant",
+    "double_quant": "quantise the constants of the blocks, too",
+    "gradient_checkpointing": "recompute activations on the way back, instead of keeping them",
+    "autocast": "keep weights in dtype and compute in bfloat16",
+    "padding": "rows of several lengths, so that each batch has a mask",
+    "backend": "whose 4-bit layers: qlora_edu, or bitsandbytes with PEFT",
+    "device": "cuda or cpu",
+}
+"""What each setting of the planner means."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an arrow must not end a run on a plain terminal
+            stream.reconfigure(errors="backslashreplace")
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command not in COMMANDS:
+        from qlora_edu.production.config import did_you_mean
+
+        print(f"error: no command {command!r}; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
+        return 2
+    from qlora_edu.course.doctor import quiet_known_noise
+
+    quiet_known_noise()
+    try:
+        status = COMMANDS[command](rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `plan llama-7b | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as finished:  # argparse has printed its help, or what is wrong
+        return int(finished.code or 0)
+    except (QloraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | PlanError) else 1
+    except KeyboardInterrupt as stopped:
+        print(f"\n{str(stopped) or 'stopped'}", file=sys.stderr)
+        return 130
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Is this machine ready for the course?"""
+    from qlora_edu.course import doctor
+
+    return doctor.main(list(argv))
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Will a training step fit on a card?  plan llama-7b --card 24 --batch_size 4"""
+    from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, RESERVE, plan_memory
+    from qlora_edu.planner.fake_step import StepSettings
+
+    parser = _parser("plan", "MODEL [--card GB] [--SETTING VALUE ...]", plan)
+    parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
+    parser.add_argument("--card", type=_card, default=24.0, metavar="GB", help="the card's memory")
+    defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
+    defaults |= {field.name: field.default for field in fields(StepSettings)}
+    for name, default in defaults.items():
+        kind = _KINDS.get(name, type(default))
+        parser.add_argument(
+            f"--{name}",
+            type=_yes_or_no if kind is bool else kind,
+            choices=OPTIMIZERS if name == "optim" else None,
+            default=default,
+            help=PLANNED.get(name, "see the planner"),
+        )
+    arguments = vars(_parse(parser, _spell_out(argv)))
+    model, card = arguments.pop("model"), arguments.pop("card")
+    planned = plan_memory(model, arguments.pop("method"), **arguments)
+    size = f"batch {planned.batch_size} of {planned.max_length:,} tokens"
+    print(f"{planned.name}, {planned.settings.method}: {size}")
+    print(planned.table())
+    print(planned.sentence(card))
+    return int(planned.peak_bytes + RESERVE > card * GIB)
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """QLoRA from start to finish.  finetune --preset embedded --max_steps 100"""
+    from qlora_edu.production.threads import choose_threads, wait_passively
+
+    wait_passively()  # said before torch is loaded, or it is not heard
+    from transformers import HfArgumentParser
+
+    from qlora_edu.finetuning import finetune as run
+    from qlora_edu.production.config import PRESETS, FinetuneConfig
+
+    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="qlora_edu finetune")
+    start.add_argument("--preset", default="embedded", help=", ".join(PRESETS))
+    start.add_argument("--config", metavar="FILE", help="YAML settings, instead of a preset")
+    start.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    chosen, rest = start.parse_known_args(_spell_out(argv))
+    if chosen.config is None:
+        config = FinetuneConfig.from_preset(chosen.preset)
+    else:
+        config = FinetuneConfig.from_yaml(chosen.config)
+    usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
+    parser = _parser("finetune", usage, finetune, HfArgumentParser, [FinetuneConfig], [start])
+    parser.set_defaults(**asdict(config))
+    metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+    for action in parser._actions:
+        action.required = False  # each setting has a value in the preset
+        if action.dest in asdict(config):  # one spelling of each is enough to read
+            action.option_strings = action.option_strings[:1]
+            action.metavar = None if action.choices else metavars.get(action.type, "BOOL")
+            action.help = argparse.SUPPRESS if action.nargs == 0 else action.help
+    given = vars(_parse(parser, rest))
+    config = FinetuneConfig(**{name: given[name] for name in asdict(config)})
+    print(f"computing with {choose_threads()}")
+    try:
+        run(config, resume=chosen.resume)
+    except KeyboardInterrupt as stopped:
+        words = [word for word in argv if word != "--resume"]
+        again = shlex.join(["python", "-m", "qlora_edu", "finetune", *words, "--resume"])
+        raise KeyboardInterrupt(f"{str(stopped) or 'stopped'}. Go on with: {again}") from None
+    return 0
+
+
+def chat(argv: Sequence[str]) -> int:
+    """Talk to a base and its adapters.  chat --use all"""
+    from qlora_edu.production.chat import converse, load_chat, opening_lines
+    from qlora_edu.production.serving import BASE
+    from qlora_edu.text.generation import check_sampling
+
+    own = "data/base-model"
+    parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]", chat)
+    add = parser.add_argument
+    add("--model", default=own, help="the base: a folder, or a name on the Hub")
+    add("--adapter", action="append", metavar="NAME=FOLDER", help="may be given several times")
+    add("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
+    add("--method", default="qlora", help="qlora: the base in 4 bits; lora: as it is")
+    add("--temperature", type=float, default=0.0, help="0 is greedy; higher is freer")
+    add("--top-p", type=float, default=0.9, help="share of the likeliest that are drawn from")
+    add("--length", type=_count, default=96, help="the most tokens of an answer")
+    add("--remember", action="store_true", help="hand earlier messages on")
+    given = parser.parse_args(argv)
+    check_sampling(given.temperature, given.top_p)
+    adapters = _adapters(given.adapter or []) if given.adapter or given.model != own else None
+    talk = load_chat(given.model, adapters, given.method)
+    talk.temperature, talk.top_p = given.temperature, given.top_p
+    talk.max_new_tokens, talk.remember = given.length, given.remember
+    names = talk.shelf.names
+    systems = given.use or [names[-1] if adapters else "all" if "all" in names else BASE]
+    for name in systems:
+        talk.shelf.check(name)
+    print(opening_lines(talk, systems))
+    converse(talk, systems)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": doctor,
+    "plan": plan,
+    "finetune": finetune,
+    "chat": chat,
+}
+
+
+def _overview() -> str:
+    commands = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
+    head = "usage: python -m qlora_edu COMMAND ...; each explains itself with --help"
+    return "\n".join([head, "", *commands])
+
+
+def _parser(
+    name: str,
+    usage: str,
+    command: Callable,
+    kind: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser,
+    settings: Sequence[type] = (),
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> argparse.ArgumentParser:
+    return kind(
+        *([settings] if settings else []),
+        prog=f"qlora_edu {name}",
+        usage=f"python -m qlora_edu {name} {usage}",
+        description=(command.__doc__ or "").partition("  ")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        parents=list(parents),
+    )
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse everything; for a name that is none, suggest the nearest."""
+    from qlora_edu.production.config import did_you_mean
+
+    found, rest = parser.parse_known_args(argv)
+    if rest:
+        names = [word[2:] for word in parser._option_string_actions if word.startswith("--")]
+        name = rest[0].lstrip("-").partition("=")[0]
+        parser.error(f"no setting {name!r}; {did_you_mean(name, names)}")
+    return found
+
+
+def _spell_out(argv: Sequence[str]) -> list[str]:
+    """Write `name=value` as `--name=value`, unless it is the value of the option before it.
+
+    >>> _spell_out(["r=8", "--resume", "seed=1", "--output_dir", "a=b"])
+    ['--r=8', '--resume', '--seed=1', '--output_dir', 'a=b']
+    """
+    words: list[str] = []
+    for word in argv:
+        before = words[-1] if words else ""
+        is_flag = before.startswith(("--resume", "--no_", "--no-"))
+        awaited = before.startswith("--") and "=" not in before and not is_flag
+        name, equals, _ = word.partition("=")
+        words.append(f"--{word}" if equals and name.isidentifier() and not awaited else word)
+    return words
+
+
+def _yes_or_no(word: str) -> bool:
+    if word.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() in ("true", "yes", "1")
+
+
+def _names(word: str) -> str | tuple[str, ...]:
+    return word if word == "all-linear" else tuple(name.strip() for name in word.split(","))
+
+
+def _card(word: str) -> float:
+    try:
+        gigabytes = float(word)
+    except ValueError:
+        gigabytes = math.nan
+    if not 0 < gigabytes < 1e6:
+        raise argparse.ArgumentTypeError(f"a card has more than 0 GB, not {word!r}")
+    return gigabytes
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or not 1 <= int(word) < 2**31:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {word!r}")
+    return int(word)
+
+
+_KINDS: dict[str, Any] = {"target_modules": _names}
+
+
+def _adapters(pairs: Sequence[str]) -> dict[str, str]:
+    """`name=folder` or `folder`, which is then called by its last part."""
+    found = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        folder = folder if equals else pair
+        name = name if equals else Path(pair).name.replace(".", "_")
+        if not (name and folder and Path(folder).is_dir()):
+            raise LoRAError(f"there is no folder {folder!r} to take the adapter {name!r} from")
+        found[name] = folder
+    return found
