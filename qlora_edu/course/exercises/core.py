@@ -498,6 +498,8 @@ def show(value: Any, start: int = 0, digits: int = 6) -> str:
 def _written(value: Any, digits: int) -> str:
     """Write numbers to so many digits wherever they are; whole numbers in full."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
+        if value.reshape(-1).shape[0] > 16:
+            return show(value, 0, digits)
         value = value.tolist()
     if isinstance(value, float):
         return f"{value:.{digits}g}"
@@ -527,6 +529,12 @@ def brief(value: Any) -> str:
 def show_both(yours: Any, expected: Any) -> tuple[str, str]:
     """Write two answers, long ones from the first place where they differ, until they do."""
     numbers, wanted = as_numbers(yours), as_numbers(expected)
+    if wanted is None and isinstance(expected, list | tuple) and type(yours) is type(expected):
+        if len(yours) == len(expected):
+            pairs = [show_both(a, b) for a, b in zip(yours, expected, strict=True)]
+            left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
+            before, after = "[]" if isinstance(expected, list) else "()"
+            return f"{before}{left}{after}", f"{before}{right}{after}"
     start = 0
     if numbers is not None and wanted is not None and numbers.shape == wanted.shape:
         differing = (numbers != wanted).flatten().nonzero()
@@ -594,9 +602,7 @@ class Check:
     cases: Callable[[torch.Generator], Sequence[Case]] = lambda random: [{}]
     atol: float = 0.0
 
-    @property
-    def number(self) -> str:
-        return self.title.split()[0]
+    number = property(lambda self: self.title.split()[0])
 
     def __call__(self, answer: Callable[..., Any]) -> None:
         """Print the verdict on an answer."""
