@@ -8,6 +8,7 @@ must run to its end whatever the reader wrote. `same` says which forms of an ans
 import difflib
 import functools
 import inspect
+import itertools
 import linecache
 import textwrap
 import zlib
@@ -178,7 +179,8 @@ class Exercise:
             except (Exception, SystemExit) as error:
                 if type(error) is NotImplementedError and not error.args:
                     return Verdict("○", f"{self.title} (not attempted)")
-                because = "your function stopped before it returned an answer; Hint 1 may help"
+                because = "" if self.open else self._explain(answer, case, error, expected)
+                because = because or "your function stopped before it returned; Hint 1 may help"
                 return self._fail(case, raised(error, answer), shown, because)
             if yours is None and expected is not None:
                 because = self._explain(answer, case, yours, expected)
@@ -193,9 +195,9 @@ class Exercise:
                 because = because or unlike(yours, expected, self.atol)
                 because = because or "that is not the right value; Hint 1 may help"
                 return self._fail(case, *show_both(yours, expected), because)
-            elif self.exact_dtype and dtype(yours) != dtype(expected):
-                because = f"the values are right, their type is not: {dtype(expected)} is asked for"
-                return self._fail(case, dtype(yours), dtype(expected), because)
+        if self.exact_dtype and dtype(yours) != dtype(expected):
+            because = f"the values are right, their type is not: {dtype(expected)} is asked for"
+            return self._fail(case, dtype(yours), dtype(expected), because)
         tried = f" ({len(self._cases)} cases)" if len(self._cases) > 1 else ""
         return Verdict("✓", self.title + tried, score=self._score(answer))
 
@@ -220,26 +222,35 @@ class Exercise:
 
     def _explain(self, answer: Answer, case: tuple, yours: Any, expected: Any) -> str:
         """Find the first wrong answer that this one is; empty if it is none of them."""
-
-        @functools.cache
-        def theirs(i: int) -> Any:
-            return self._ask(answer, self._cases[i])
-
+        theirs = functools.cache(lambda i: attempt(self._ask, answer, self._cases[i]))
         for because, wrong in self.because.items():
             try:
-                if isinstance(wrong, Seen):
+                if not isinstance(wrong, Seen):
+                    found = self._behaves_like(theirs, wrong)
+                elif isinstance(yours, BaseException):
+                    found = False
+                else:
                     more = () if len(parameters(wrong.sign)) == 1 else (expected, *deepcopy(case))
                     found = bool(wrong.sign(yours, *more))
-                else:
-                    found = all(
-                        same(theirs(i), wrong(*deepcopy(c)), self.atol)
-                        for i, c in enumerate(self._cases)
-                    )
             except Exception:  # what cannot be asked of an open answer is a fault of it
                 found = self.open and isinstance(wrong, Seen) and yours is not None
             if found:
                 return because
         return ""
+
+    def _behaves_like(self, theirs: Callable[[int], Any], wrong: Answer) -> bool:
+        """Whether an answer returns what `wrong` does, and stops where it stops."""
+        returned = False
+        for i, case in enumerate(self.cases()):
+            yours, its = theirs(i), attempt(wrong, *case)
+            if isinstance(yours, Exception) or isinstance(its, Exception):
+                if type(yours) is not type(its):
+                    return False
+            elif not same(yours, its, self.atol):
+                return False
+            else:
+                returned = True
+        return returned
 
     def _score(self, answer: Answer) -> str:
         try:
@@ -270,6 +281,31 @@ def parameters(function: Answer) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return []
+
+
+def attempt(function: Answer, *arguments: Any) -> Any:
+    """What a function returns, or the exception that it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+def faults_left(broken: Answer, **told: str) -> dict[str, Answer]:
+    """The part of `because` about a function to repair: any of its faults may be left.
+
+    `broken` has a keyword for each fault; `told` says what the reader is told of it.
+
+    >>> list(faults_left(print, end="it ends early", sep="it runs together"))[-1]
+    'it ends early; and it runs together'
+    """
+    sets = itertools.chain(*(itertools.combinations(told, n + 1) for n in range(len(told))))
+    return {
+        "; and ".join(told[name] for name in names): functools.partial(
+            broken, **dict.fromkeys(names, True)
+        )
+        for names in sets
+    }
 
 
 def raised(error: BaseException, answer: Answer) -> str:
@@ -529,12 +565,12 @@ def brief(value: Any) -> str:
 def show_both(yours: Any, expected: Any) -> tuple[str, str]:
     """Write two answers, long ones from the first place where they differ, until they do."""
     numbers, wanted = as_numbers(yours), as_numbers(expected)
-    if wanted is None and isinstance(expected, list | tuple) and type(yours) is type(expected):
-        if len(yours) == len(expected):
-            pairs = [show_both(a, b) for a, b in zip(yours, expected, strict=True)]
-            left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
-            before, after = "[]" if isinstance(expected, list) else "()"
-            return f"{before}{left}{after}", f"{before}{right}{after}"
+    alike_in_kind = isinstance(expected, list | tuple) and type(yours) is type(expected)
+    if wanted is None and alike_in_kind and len(yours) == len(expected):
+        pairs = [show_both(a, b) for a, b in zip(yours, expected, strict=False)]
+        left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
+        before, after = "[]" if isinstance(expected, list) else "()"
+        return f"{before}{left}{after}", f"{before}{right}{after}"
     start = 0
     if numbers is not None and wanted is not None and numbers.shape == wanted.shape:
         differing = (numbers != wanted).flatten().nonzero()
