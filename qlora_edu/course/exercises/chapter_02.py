@@ -235,12 +235,12 @@ def _reader(packed, absmax, levels, size, shape, **faults):
     codes = torch.cat(halves, dim=1).flatten()
     place, columns = torch.arange(n), shape[-1]
     if "by_row" in faults:
-        block = place // columns
+        constants = absmax[: shape[0]].repeat_interleave(columns)
     elif "restart" in faults:
         block = place // columns * -(-columns // size) + place % columns // size
+        constants = absmax[block.clamp(max=len(absmax) - 1)]
     else:
-        block = place // (2 * size if "of_bytes" in faults else size)
-    constants = absmax[block.clamp(max=len(absmax) - 1)]
+        constants = absmax[place // (2 * size if "of_bytes" in faults else size)]
     values = levels[(codes if "uncut" in faults else codes[:n]).long()]
     return (values if "bare" in faults else values * constants).reshape(shape)
 
