@@ -20,12 +20,15 @@ Answer = Callable[..., Any]
 
 
 def deep(change: Callable[[Any], Any], container: Callable[[Any], Any] = lambda items: items):
-    """Make a change of every number, word and tensor of a result, and then of what holds them."""
+    """Make a change of every number, word and tensor of a result, and of what holds them."""
 
     def of(value: Any) -> Any:
         if isinstance(value, dict):
             return container({key: of(item) for key, item in value.items()})
         if type(value) in (list, tuple):
+            whole = container(value)  # an array of a list of numbers, before they are arrays
+            if not isinstance(whole, list | tuple):
+                return whole
             return container(type(value)(of(item) for item in value))
         return change(value)
 
@@ -38,12 +41,14 @@ def only(kind: type | tuple, change: Callable[[Any], Any]) -> Callable[[Any], An
 
 def whole_tensor(value: Any) -> Any:
     """Make a tensor of a list of numbers; leave alone what is not one."""
-    numbers = isinstance(value, list | tuple) and value and all(type(v) in (int, float) for v in value)
-    return torch.tensor(value, dtype=torch.float64) if numbers else value
+    if not isinstance(value, list | tuple) or not {type(item) for item in value} <= {int, float}:
+        return value
+    return torch.tensor(value, dtype=torch.float64) if value else value
 
 
 def whole_array(value: Any) -> Any:
-    return whole_tensor(value).numpy() if whole_tensor(value) is not value else value
+    tensor = whole_tensor(value)
+    return value if tensor is value else tensor.numpy()
 
 
 def array(value: Any) -> Any:
@@ -53,33 +58,41 @@ def array(value: Any) -> Any:
     return kinds[type(value)](value) if type(value) in kinds else value
 
 
-def tuples(value: Any) -> Any:
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
+def listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def floating(value: Any, kind: torch.dtype) -> Any:
-    return value.to(kind) if value.is_floating_point() else value
+def tupled(value: Any) -> Any:
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+
+def named(value: Any) -> Any:
+    """Make a NamedTuple of a tuple, and of a dictionary one that is none of Python's own."""
+    if isinstance(value, dict):
+        return MappingProxyType(value)
+    if not isinstance(value, tuple):
+        return value
+    return namedtuple("Named", map(str, range(len(value))), rename=True)(*value)
+
+
+def floating(kind: torch.dtype) -> Callable[[Any], Any]:
+    return only(torch.Tensor, lambda x: x.to(kind) if x.is_floating_point() else x)
 
 
 RESULTS = {
-    "lists": deep(only(torch.Tensor, lambda x: x.tolist()), lambda x: list(x) if type(x) is tuple else x),
-    "tuples": deep(only(torch.Tensor, lambda x: tuples(x.tolist())), lambda x: tuple(x) if type(x) is list else x),
+    "lists": deep(only(torch.Tensor, lambda x: x.tolist()), listed),
+    "tuples": deep(only(torch.Tensor, lambda x: tupled(x.tolist())), tupled),
     "NumPy": deep(array, whole_array),
     "torch": deep(only((float, int, bool), torch.tensor), whole_tensor),
     "scalars of float32": deep(only(float, np.float32)),
     "floats rounded to float32": deep(only(float, lambda x: float(np.float32(x)))),
-    "tensors of float32": deep(only(torch.Tensor, lambda x: floating(x, torch.float32))),
-    "tensors of float64": deep(only(torch.Tensor, lambda x: floating(x, torch.float64))),
+    "tensors of float32": deep(floating(torch.float32)),
+    "tensors of float64": deep(floating(torch.float64)),
     "0 and 1": deep(only(bool, int)),
     "capitals": deep(only(str, str.upper)),
     "spaces": deep(only(str, lambda x: f" {x} ")),
-    "names": deep(
-        lambda x: x,
-        lambda x: namedtuple("Named", [f"_{i}" for i in range(len(x))], rename=True)(*x)
-        if type(x) is tuple
-        else MappingProxyType(x) if isinstance(x, dict) else x,
-    ),
-}  # fmt: skip
+    "names": deep(lambda x: x, named),
+}
 TYPED = {"NumPy"}
 """The forms of a result that keep the type of its numbers."""
 
