@@ -199,7 +199,7 @@ def structure(notebook: NotebookNode) -> Iterator[str]:
         ):
             yield f"{cell.id}: a <details> is not closed"
     checks = set(
-        re.findall(r"\bchecks\.(ex_\d+_\d+)\(", "\n".join(c.source for c in notebook.cells))
+        re.findall(r"\bexercises\.(ex_\d+_\d+)\(", "\n".join(c.source for c in notebook.cells))
     )
     if len(checks) < MIN_EXERCISES:
         yield f"{len(checks)} exercises with a check, at least {MIN_EXERCISES}"

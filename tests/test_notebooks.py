@@ -64,7 +64,9 @@ def notebook():
     folds = 4 * (FOLD.format("Hint 1") + FOLD.format("Hint 2") + FOLD.format("Solution"))
     cells = [
         new_markdown_cell(PROSE.format(folds=folds), id="title"),
-        new_code_cell("from qlora_edu.course import checks, doctor\n\ndoctor.check()", id="set-up"),
+        new_code_cell(
+            "from qlora_edu.course import exercises, doctor\n\ndoctor.check()", id="set-up"
+        ),
         new_code_cell("def mine(x):\n    raise NotImplementedError", id="stub"),
         new_code_cell("\n".join(f"exercises.ex_9_{n}(mine)" for n in range(4)), id="check-mine"),
         new_code_cell("plot()", id="plot"),
@@ -160,7 +162,7 @@ def no_fact(notebook):
 
 
 def no_doctor(notebook):
-    cell(notebook, "set-up").source = "from qlora_edu.course import checks"
+    cell(notebook, "set-up").source = "from qlora_edu.course import exercises"
 
 
 def no_words_beside_the_figure(notebook):

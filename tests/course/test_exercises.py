@@ -42,7 +42,7 @@ def place_of_check(name: str) -> tuple[int, str]:
         (i, match[1])
         for i, cell in enumerate(notebook(name).cells)
         if cell.cell_type == "code"
-        and (match := re.search(rf"checks\.{name}\((\w+)\)", cell.source))
+        and (match := re.search(rf"exercises\.{name}\((\w+)\)", cell.source))
     ]
     assert len(found) == 1, f"{name} is checked in {len(found)} cells"
     return found[0]
@@ -98,7 +98,7 @@ def test_the_notebooks_hold_exactly_the_exercises_that_have_checks():
     for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
-                called |= set(re.findall(r"checks\.(ex_\d+_\d+)\(", cell.source))
+                called |= set(re.findall(r"exercises\.(ex_\d+_\d+)\(", cell.source))
     assert called == set(NAMES)
 
 
@@ -135,7 +135,7 @@ def test_later_cells_that_need_an_answer_take_the_right_one(name):
     if not any(re.search(rf"\b{function}\b", source) for source in later):
         return  # an exercise at the end of the road: nothing later needs it
     assert any(
-        re.search(rf"^{function} = checks\.{name}\.reference\b", source, re.MULTILINE)
+        re.search(rf"^{function} = exercises\.{name}\.reference\b", source, re.MULTILINE)
         or re.search(rf"^from qlora_edu\S* import .*\b{function}\b", source, re.MULTILINE)
         for source in later
     ), f"no line gives {function} the library's version"
