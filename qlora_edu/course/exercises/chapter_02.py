@@ -215,11 +215,15 @@ def repaired_reader(
 
 def _small_tensors(random: torch.Generator) -> Inputs:
     """Codes and constants by chance, in blocks that end within rows, at their ends, and short."""
-    for shape, blocksize in (((2, 6), 4), ((3, 5), 4), ((4, 8), 8), ((10,), 4), ((3, 2, 3), 4)):
+    even = torch.linspace(-1, 1, 16)
+    for shape, blocksize, levels in (
+        *(((2, 6), 4, nf4_levels()), ((3, 5), 4, nf4_levels()), ((4, 8), 8, even)),
+        *(((10,), 4, nf4_levels()), ((3, 2, 3), 4, even)),
+    ):
         n = math.prod(shape)
         codes = torch.randint(16, (n,), generator=random).to(torch.uint8)
         absmax = torch.rand(-(-n // blocksize), generator=random) * 9 + 1
-        yield pack_nibbles(codes), absmax, get_levels("nf4"), blocksize, shape
+        yield pack_nibbles(codes), absmax, levels, blocksize, shape
 
 
 def _keeps_the_filling(packed, absmax, levels, size, shape):
@@ -235,12 +239,12 @@ def _reader(packed, absmax, levels, size, shape, **faults):
     codes = torch.cat(halves, dim=1).flatten()
     place, columns = torch.arange(n), shape[-1]
     if "by_row" in faults:
-        block = place // columns
+        constants = absmax[: shape[0]].repeat_interleave(columns)
     elif "restart" in faults:
         block = place // columns * -(-columns // size) + place % columns // size
+        constants = absmax[block.clamp(max=len(absmax) - 1)]
     else:
-        block = place // (2 * size if "of_bytes" in faults else size)
-    constants = absmax[block.clamp(max=len(absmax) - 1)]
+        constants = absmax[place // (2 * size if "of_bytes" in faults else size)]
     values = levels[(codes if "uncut" in faults else codes[:n]).long()]
     return (values if "bare" in faults else values * constants).reshape(shape)
 

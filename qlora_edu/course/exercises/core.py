@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_edu.course import passed
+from qlora_edu.course.progress import record
 
 Inputs = Sequence[tuple]
 Answer = Callable[..., Any]
@@ -114,6 +114,10 @@ class Exercise:
         made = self.inputs(torch.Generator().manual_seed(seed)) if callable(self.inputs) else None
         return tuple(self.inputs if made is None else made)
 
+    @cached_property
+    def _right(self) -> tuple:
+        return tuple(self.reference(*case) for case in self.cases())
+
     def cases(self) -> Inputs:
         """The tuples of arguments that an answer is tried on, as copies; always the same."""
         return deepcopy(self._cases)
@@ -134,7 +138,7 @@ class Exercise:
         print(verdict)
         if verdict.mark == "✓":
             self._own = answer
-            passed.record(self.number)
+            record(self.number)
 
     @property
     def answer(self) -> Answer:
@@ -146,7 +150,7 @@ class Exercise:
         own = self._own
         if own is None:
             return self.reference
-        model = self.reference(*self.cases()[0])
+        model = self._right[0]
 
         @functools.wraps(own)
         def answer(*arguments: Any, **named: Any) -> Any:
@@ -171,8 +175,8 @@ class Exercise:
             return self._fail((), show(answer), "a function", "pass the function, not its result")
         if because := self._misfit(answer):
             return self._fail((), "", "", because)
-        for case in self._cases:
-            expected = self.reference(*deepcopy(case))
+        given = []
+        for case, expected in zip(self._cases, self._right, strict=True):
             shown = "" if self.open else show(expected)
             try:
                 yours = self._ask(answer, case)
@@ -187,9 +191,9 @@ class Exercise:
                 because = because or "your function returned nothing: is there a `return`?"
                 return self._fail(case, "None", shown, because)
             if self.open:
-                yours = alike(yours, expected)
+                given.append(yours := alike(yours, expected))
                 if because := not_finite(yours) or self._explain(answer, case, yours, expected):
-                    return self._fail(case, show(yours), "", because, self._score(answer))
+                    return self._fail(case, show(yours), "", because, self._score(given))
             elif not same(yours, expected, self.atol):
                 because = self._explain(answer, case, alike(yours, expected), expected)
                 because = because or unlike(yours, expected, self.atol)
@@ -199,7 +203,7 @@ class Exercise:
             because = f"the values are right, their type is not: {dtype(expected)} is asked for"
             return self._fail(case, dtype(yours), dtype(expected), because)
         tried = f" ({len(self._cases)} cases)" if len(self._cases) > 1 else ""
-        return Verdict("✓", self.title + tried, score=self._score(answer))
+        return Verdict("✓", self.title + tried, score=self._score(given))
 
     def _ask(self, answer: Answer, case: tuple) -> Any:
         """Call by position: names are the reader's own; by name where only the order is another."""
@@ -243,7 +247,7 @@ class Exercise:
         returned = False
         for i, case in enumerate(self.cases()):
             yours, its = theirs(i), attempt(wrong, *case)
-            if isinstance(yours, Exception) or isinstance(its, Exception):
+            if isinstance(yours, BaseException) or isinstance(its, BaseException):
                 if type(yours) is not type(its):
                     return False
             elif not same(yours, its, self.atol):
@@ -252,11 +256,9 @@ class Exercise:
                 returned = True
         return returned
 
-    def _score(self, answer: Answer) -> str:
+    def _score(self, given: list) -> str:
         try:
-            given = [self._ask(answer, case) for case in self._cases] if self.score else []
-            pairs = zip(given, self.cases(), strict=True)
-            return self.score(*(alike(yours, self.reference(*case)) for yours, case in pairs))
+            return str(self.score(*given))
         except Exception:  # no score, or an answer that cannot have one
             return ""
 
@@ -287,7 +289,7 @@ def attempt(function: Answer, *arguments: Any) -> Any:
     """What a function returns, or the exception that it raises."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return error
 
 
@@ -376,10 +378,12 @@ def _right(yours: Any, expected: Any, atol: float) -> Tensor | None:
     numbers, wanted = as_numbers(yours), as_numbers(expected)
     if numbers is None or wanted is None or numbers.shape != wanted.shape:
         return None
-    right = (numbers == wanted) | ((numbers - wanted).abs() <= atol)
+    off, slack = (numbers - wanted).abs(), torch.full_like(wanted, atol)
+    right = numbers == wanted
     if dtype(expected) != "float32" and (atol or dtype(yours) == "float32"):
-        size = 0 if isinstance(expected, int) else FLOAT32_ROUNDING * wanted.abs()
-        right |= (numbers == wanted.float()) | ((numbers - wanted).abs() <= atol + size)
+        right |= numbers == wanted.float()
+        slack += 0 if isinstance(expected, int) else FLOAT32_ROUNDING * wanted.abs()
+    right |= wanted.isfinite() & (off <= slack)
     return right
 
 
