@@ -56,7 +56,7 @@ def sweep_faults(pages: int, frames: int, steps: int) -> int:
 ex_7_2 = Exercise(
     "7.2 faults of a sweep",
     sweep_faults,
-    [(8, 8, 5), (9, 8, 5), (40, 4, 3), (1, 2, 7), (12, 11, 1)],
+    [(8, 8, 5), (9, 8, 5), (40, 4, 3), (1, 2, 7), (12, 11, 1), (12, 12, 4), (7, 6, 3)],
     because={
         "that would be so if frames − 1 pages could stay. But the page that leaves is the one that "
         "is wanted soonest: follow five pages through four frames": lambda pages, frames, steps: (

@@ -393,6 +393,7 @@ def _shelves(random: torch.Generator) -> Inputs:
         (5, *seven, small, 12_000 * million),
         (1, *seven, small, seven[1]),
         (40, *seven, large, 16_000 * million),
+        (2, *seven, small, 6_000 * million),
         (2, *thirteen, large, 48_000 * million),
         (2, *thirteen, small, 16_000 * million),
         (3, *thirteen, small, 7_000 * million),
