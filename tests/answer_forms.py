@@ -100,8 +100,8 @@ TYPED = {"NumPy"}
 def forms(reference: Answer, exact_dtype: bool = False) -> Iterator[tuple[str, Answer]]:
     """Yield right answers, each with the name of its form."""
     names = list(inspect.signature(reference).parameters)
-    code = "lambda {}: reference({})"
-    scope = {"reference": reference}
+    code = "lambda {}: _right({})"  # no name of a parameter
+    scope = {"_right": reference}
     renamed = [f"mine_{i}" for i in range(len(names))]
     yield "renamed", eval(code.format(", ".join(renamed), ", ".join(renamed)), scope)
     yield "reordered", eval(code.format(", ".join(reversed(names)), ", ".join(names)), scope)

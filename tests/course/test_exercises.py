@@ -41,6 +41,8 @@ EXERCISES = [name for name in NAMES if isinstance(exercises.ALL[name], Exercise)
 COMMUTE = {
     ("ex_0_1", "parameters and bits_per_weight"),
     ("ex_2_3", "row and columns"),
+    ("ex_7_5", "compute and copy"),
+    ("ex_9_1", "batch_size and gradient_accumulation_steps"),
 }
 
 

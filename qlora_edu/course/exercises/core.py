@@ -310,6 +310,17 @@ def faults_left(broken: Answer, **told: str) -> dict[str, Answer]:
     }
 
 
+def chose(reference: Answer, situation: str, *answers: str) -> Seen:
+    """The wrong choice of one of `answers` in a situation, where a dictionary of choices is asked.
+
+    >>> chose(lambda: {"a": "yes", "b": "no"}, "b", "yes").wrong()
+    {'a': 'yes', 'b': 'yes'}
+    """
+    return Seen(
+        lambda: {**reference(), situation: answers[0]}, lambda given: given[situation] in answers
+    )
+
+
 def raised(error: BaseException, answer: Answer) -> str:
     """Say what an answer raised, and in which line of the reader's own code."""
     code = getattr(inspect.unwrap(answer), "__code__", None)
