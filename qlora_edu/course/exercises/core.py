@@ -124,13 +124,13 @@ class Exercise:
 
     def __call__(self, answer: Answer | str) -> None:
         """Print the verdict on an answer, or on the caller's function of that name; keep a pass."""
+        self._own = None
         if isinstance(answer, str):
             here = inspect.currentframe().f_back.f_globals
             if answer not in here:
                 print(self._missing(answer, here))
                 return
             answer = here[answer]
-        self._own = None
         if answer is self.reference:
             print(f"○ {self.title} (this is the course's version; to check yours, run its cell)")
             return
@@ -198,7 +198,7 @@ class Exercise:
                 because = self._explain(answer, case, alike(yours, expected), expected)
                 because = because or unlike(yours, expected, self.atol)
                 because = because or "that is not the right value; Hint 1 may help"
-                return self._fail(case, *show_both(yours, expected), because)
+                return self._fail(case, *show_both(yours, expected, self.atol), because)
         if self.exact_dtype and dtype(yours) != dtype(expected):
             because = f"the values are right, their type is not: {dtype(expected)} is asked for"
             return self._fail(case, dtype(yours), dtype(expected), because)
@@ -539,10 +539,8 @@ def show(value: Any, start: int = 0, digits: int = 6) -> str:
         text = _written(value, digits)
         return text if len(text) <= 400 else f"{text[:397]}..."
     shape = len(numbers) if numbers.dim() == 1 else tuple(numbers.shape)
-    if isinstance(value, Tensor | np.ndarray):
-        flat = value.reshape(-1)[start : start + 4]
-    else:
-        flat = numbers.flatten()[start : start + 4]
+    whole = value if isinstance(value, Tensor | np.ndarray) else numbers
+    flat = whole.reshape(-1)[start : start + 4]
     return f"{shape} numbers, [{start}:{start + len(flat)}] = {_written(flat, digits)}"
 
 
@@ -577,19 +575,17 @@ def brief(value: Any) -> str:
     return "one each for " + ", ".join(map(repr, value)) if long else text
 
 
-def show_both(yours: Any, expected: Any) -> tuple[str, str]:
+def show_both(yours: Any, expected: Any, atol: float = 0.0) -> tuple[str, str]:
     """Write two answers, long ones from the first place where they differ, until they do."""
-    numbers, wanted = as_numbers(yours), as_numbers(expected)
     alike_in_kind = isinstance(expected, list | tuple) and type(yours) is type(expected)
-    if wanted is None and alike_in_kind and len(yours) == len(expected):
-        pairs = [show_both(a, b) for a, b in zip(yours, expected, strict=False)]
+    if as_numbers(expected) is None and alike_in_kind and len(yours) == len(expected):
+        pairs = [show_both(*pair, atol) for pair in zip(yours, expected, strict=True)]
         left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
         before, after = "[]" if isinstance(expected, list) else "()"
         return f"{before}{left}{after}", f"{before}{right}{after}"
-    start = 0
-    if numbers is not None and wanted is not None and numbers.shape == wanted.shape:
-        differing = (numbers != wanted).flatten().nonzero()
-        start = int(differing[0]) if len(differing) else 0
+    right = _right(yours, expected, atol)
+    wrong = [] if right is None else (~right).flatten().nonzero()
+    start = int(wrong[0]) if len(wrong) else 0
     for digits in (6, 9, 17):
         both = show(yours, start, digits), show(expected, start, digits)
         if both[0] != both[1]:
