@@ -339,7 +339,7 @@ def test_other_arguments_than_the_stubs_are_told_as_such():
         "it takes (x, y), not (x, y, factor): keep the argument names of the stub"
     )
     assert TOY.judge(lambda a, b, c: c * a + b).mark == "✓"
-    assert TOY.judge(lambda factor, y, x: factor * x + y).mark == "✓"
+    assert TOY.judge(lambda y, x, factor: factor * x + y).mark == "✓"
     assert "keep the argument names" in TOY.judge(lambda x, y, factor, more: x).because
 
 
@@ -375,10 +375,12 @@ def test_an_open_exercise_prints_its_score_either_way(capsys):
     )
     exercise(lambda: [1, 1.5, 1])
     exercise(lambda: np.array([0.5, 0.5, 0]))
+    exercise(lambda: None)
     exercise(lambda: torch.tensor([torch.nan, 9, 9]))
     out = capsys.readouterr().out
     assert "✓ 9.9 large\n  score     3.5 in all\n✗ 9.9 large\n  yours     [0.5, 0.5, 0]\n" in out
     assert "score     1.0 in all\n  because   too small\n" in out
+    assert "because   your function returned nothing: is there a `return`?\n" in out
     assert out.endswith("because   there is a NaN or an infinity in it\n")
 
 
@@ -402,6 +404,7 @@ def test_every_part_of_a_repair_that_is_left_is_told():
     assert exercise.judge(lambda x: x * 2 + torch.ones(len(x) - 2)).because == (
         "it is doubled; and short"
     )
+    exercise.because["a wrong answer that never returns"] = lambda x: x.missing
     stops = exercise.judge(lambda x: x.missing).because
     assert stops == "your function stopped before it returned; Hint 1 may help"
 
@@ -421,7 +424,7 @@ def test_every_part_of_a_repair_that_is_left_is_told():
         (float(np.float32(12345.678)), 12345.678, 1e-9, True),
         (12345.69, 12345.678, 1e-9, False),
         (np.float32(2**24 + 4), 2**24 + 5, 0, True),  # the float32 next to it
-        (2**24 + 4, 2**24 + 5, 0, False),
+        (2**24 + 4, 2**24 + 5, 1e-9, False),
         (float("nan"), float("nan"), 1, False),
         (float("inf"), float("inf"), 0, True),
         (1.0, float("inf"), 1, False),
@@ -498,9 +501,10 @@ def test_a_passed_check_is_recorded_once_and_only_the_readers_own(progress_file,
     exercises.ex_0_1(lambda n, bits: n)
     assert not progress_file.exists()
     exercises.ex_0_1(lambda n, bits: n * bits / 8e9)
-    first = progress_file.read_text()
+    assert list(json.loads(progress_file.read_text())) == ["0.1"]
+    progress_file.write_text('{"0.1": "2026-01-01"}')
     exercises.ex_0_1(lambda n, bits: n * bits / 8e9)
-    assert progress_file.read_text() == first and list(json.loads(first)) == ["0.1"]
+    assert json.loads(progress_file.read_text()) == {"0.1": "2026-01-01"}
     assert [path.name for path in progress_file.parent.iterdir()] == ["progress.json"]
     capsys.readouterr()
     course.progress()
