@@ -379,10 +379,11 @@ def _right(yours: Any, expected: Any, atol: float) -> Tensor | None:
     if numbers is None or wanted is None or numbers.shape != wanted.shape:
         return None
     off, slack = (numbers - wanted).abs(), torch.full_like(wanted, atol)
-    right = numbers == wanted
-    if dtype(expected) != "float32" and (atol or dtype(yours) == "float32"):
-        right |= numbers == wanted.float()
-        slack += 0 if isinstance(expected, int) else FLOAT32_ROUNDING * wanted.abs()
+    right, single = numbers == wanted, dtype(yours) == "float32"
+    if isinstance(expected, int):
+        right |= (numbers == wanted.float()) & single
+    elif dtype(expected) != "float32" and (atol or single):
+        slack += FLOAT32_ROUNDING * wanted.abs()
     right |= wanted.isfinite() & (off <= slack)
     return right
 
