@@ -159,6 +159,9 @@ ex_9_3 = Exercise(
         "the factor is upside down: α/r, not r/α": (
             lambda W, A, B, alpha, r: W + (r / alpha) * (B @ A)
         ),
+        "B stands before A: B @ A is [out, in], as W is": (
+            lambda W, A, B, alpha, r: W + (alpha / r) * (A @ B)
+        ),
         "the adapter is added to the weight; subtracting it takes a merged one out again": (
             lambda W, A, B, alpha, r: W - (alpha / r) * (B @ A)
         ),

@@ -462,7 +462,7 @@ def _pairs_of_answers(random: torch.Generator) -> Inputs:
     for _ in range(3):
         words = [WORDS[i] for i in torch.randperm(len(WORDS), generator=random).tolist()]
         right, wrong, other = " ".join(words[:3]), words[4], " ".join(words[5:7])
-        row = {"prompt": "What is it?", "wanted": right, "family": "question"}
+        row = {"prompt": "Which?", "wanted": right, "family": "question"}
         for pair in (
             (right, wrong),
             (right, ""),
