@@ -11,11 +11,7 @@ from qlora_edu.paging import PageTable, adamw_update
 
 
 def pages_needed(elements: int, state_bytes: int, page_bytes: int) -> int:
-    """Pages for the two states of a parameter; a page holds both states of an element.
-
-    >>> pages_needed(1000, 4, 2048)
-    4
-    """
+    """Pages for the two states of a parameter; a page holds both states of an element."""
     return -(-elements // (page_bytes // (2 * state_bytes)))
 
 
@@ -45,11 +41,7 @@ ex_7_1 = Exercise(
 
 
 def sweep_faults(pages: int, frames: int, steps: int) -> int:
-    """Pages copied in by `steps` sweeps over `pages` pages, evicting the least recently used.
-
-    >>> sweep_faults(4, 4, 10), sweep_faults(5, 4, 10)
-    (4, 50)
-    """
+    """Pages copied in by `steps` sweeps over `pages` pages, evicting the least recently used."""
     return pages if pages <= frames else pages * steps
 
 
@@ -81,11 +73,7 @@ ex_7_2 = Exercise(
 
 
 def evictions(accesses: Sequence[int], frames: int) -> list[int | None]:
-    """The page that leaves at each access, or None, when the least recently used one leaves.
-
-    >>> evictions([1, 2, 1, 3], frames=2)
-    [None, None, None, 2]
-    """
+    """The page that leaves at each access, or None, when the least recently used one leaves."""
     table = PageTable(frames)
     return [table.access(page).evicted for page in accesses]
 
@@ -148,13 +136,7 @@ ex_7_3 = Exercise(
 def paged_steps(
     parameter: Tensor, gradients: Sequence[Tensor], width: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, int]:
-    """AdamW with one frame of `width` elements: parameter `[n]`, host `[2, n]`, pages copied in.
-
-    >>> options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-    >>> parameter, host, copied = paged_steps(torch.ones(3), [torch.ones(3)], 2, options)
-    >>> parameter, copied
-    (tensor([0.9000, 0.9000, 0.9000]), 2)
-    """
+    """AdamW with one frame of `width` elements: parameter `[n]`, host `[2, n]`, pages copied in."""
     return _run_pages(parameter, gradients, width, options)
 
 
@@ -219,13 +201,7 @@ ex_7_4 = Exercise(
 
 
 def step_seconds(pages: int, compute: float, copy: float, prefetch: bool) -> float:
-    """Seconds of a step: each page is copied in and computed, one after the other or overlapping.
-
-    >>> step_seconds(3, compute=2.0, copy=1.0, prefetch=False)
-    9.0
-    >>> step_seconds(3, compute=2.0, copy=1.0, prefetch=True)
-    7.0
-    """
+    """Seconds of a step: each page is copied in and computed, one after the other or overlapping."""
     return _seconds(lambda n, compute, copy: copy + (n - 1) * max(compute, copy) + compute)(
         pages, compute, copy, prefetch
     )
@@ -271,11 +247,7 @@ REMEDIES = ("managed memory", "bounded tier", "neither")
 
 
 def choose_remedies() -> dict[str, str]:
-    """One remedy for each of the three runs of exercise 7.6.
-
-    >>> choose_remedies()["a"]
-    'managed memory'
-    """
+    """One remedy for each of the three runs of exercise 7.6."""
     return {"a": "managed memory", "b": "bounded tier", "c": "neither"}
 
 

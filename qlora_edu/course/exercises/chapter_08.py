@@ -14,11 +14,7 @@ from qlora_edu.training import learning_rate_at
 
 
 def step_loss(means: Sequence[float], tokens: Sequence[int]) -> float:
-    """The loss of a step over all its answer tokens, from the mean loss of each micro-batch.
-
-    >>> step_loss([2.0, 1.0], [1, 3])
-    1.25
-    """
+    """The loss of a step over all its answer tokens, from the mean loss of each micro-batch."""
     return _sum_of_losses(means, tokens) / sum(tokens)
 
 
@@ -58,11 +54,7 @@ ex_8_1 = Exercise(
 
 
 def rate_at(step: int, lr: float, warmup: int, total: int) -> float:
-    """The rate of step 0, 1, 2 …: up a line for `warmup` steps, down half a cosine to `total`.
-
-    >>> [round(rate_at(step, 8.0, 2, 6), 3) for step in range(6)]
-    [0.0, 4.0, 8.0, 6.828, 4.0, 1.172]
-    """
+    """The rate of step 0, 1, 2 …: up a line for `warmup` steps, down half a cosine to `total`."""
     return learning_rate_at(step, lr, "cosine", warmup, total)
 
 
@@ -120,11 +112,7 @@ def _done(step, warmup, total):
 
 
 def labels_with_end(ids: Tensor, prompt_lengths: Sequence[int], end: int) -> Tensor:
-    """Labels `[rows, tokens]` of rows that are padded with their own end token.
-
-    >>> labels_with_end(torch.tensor([[5, 6, 7, 2, 2]]), [2], end=2)
-    tensor([[-100, -100,    7,    2, -100]])
-    """
+    """Labels `[rows, tokens]` of rows that are padded with their own end token."""
     return _labels(ids, prompt_lengths, end)
 
 
@@ -204,10 +192,6 @@ def two_one_sided(
     """The interval of the mean paired difference, and whether it lies within the margin.
 
     `t` is the one-sided quantile of Student's distribution for these runs.
-
-    >>> found = two_one_sided([0.9, 0.8, 0.85], [0.9, 0.82, 0.85], 0.05, t=2.92)
-    >>> round(found["low"], 4), round(found["high"], 4), found["equivalent"]
-    (-0.0261, 0.0128, True)
     """
     return _judge_pairs(first, second, margin, t)
 
@@ -283,11 +267,7 @@ WAYS = ("full", "lora", "qlora")
 
 
 def judge_claims() -> dict[str, str]:
-    """The verdicts on the four reports of exercise 8.5, and the way to choose.
-
-    >>> judge_claims()["b"]
-    'not shown'
-    """
+    """The verdicts on the four reports of exercise 8.5, and the way to choose."""
     reports = dict(zip("abcd", ("equivalent", "not shown", "different", "not shown"), strict=True))
     return {**reports, "choose": "lora"}
 
@@ -333,11 +313,7 @@ ROWS = ("same rows, same order", "same rows", "drawn anew")
 
 
 def plan_comparison() -> dict[str, Any]:
-    """One plan for exercise 8.6; the numbers of seeds and rates are on the safe side.
-
-    >>> plan_comparison()["report_on"]
-    'test'
-    """
+    """One plan for exercise 8.6; the numbers of seeds and rates are on the safe side."""
     rates = (1e-4, 2e-4, 4e-4, 8e-4)
     return {
         "rates": {"lora": rates, "qlora": rates},

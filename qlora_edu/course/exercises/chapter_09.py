@@ -14,11 +14,7 @@ from qlora_edu.production.config import FinetuneConfig
 def optimizer_steps(
     rows: int, batch_size: int, gradient_accumulation_steps: int, epochs: int
 ) -> int:
-    """Updates of the weights; an epoch's last, smaller batch is one of them.
-
-    >>> optimizer_steps(rows=10, batch_size=2, gradient_accumulation_steps=2, epochs=2)
-    6
-    """
+    """Updates of the weights; an epoch's last, smaller batch is one of them."""
     return epochs * math.ceil(rows / (batch_size * gradient_accumulation_steps))
 
 
@@ -52,11 +48,7 @@ ex_9_1 = Exercise(
 
 
 def completion_labels(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    """Labels of one padded row, -100 on the prompt and on padding.
-
-    >>> completion_labels(torch.tensor([7, 8, 2, 2]), 1, torch.tensor([1, 1, 1, 0]))
-    tensor([-100,    8,    2, -100])
-    """
+    """Labels of one padded row, -100 on the prompt and on padding."""
     return _labels(input_ids, prompt_length, attention_mask == 0)
 
 
@@ -120,11 +112,7 @@ ex_9_2 = Exercise(
 
 
 def merged_weight(W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
-    """`W + ΔW`, `[out, in]`.
-
-    >>> merged_weight(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), lora_alpha=2, r=1)
-    tensor([[2., 2.]])
-    """
+    """`W + ΔW`, `[out, in]`."""
     return W + (lora_alpha / r) * (B @ A)
 
 
@@ -177,11 +165,7 @@ CARDS = (16, 24, 48, 80)
 def smallest_card(
     linear: int, rest: int, adapter: int, activations_gb: float, cards: Sequence[int] = CARDS
 ) -> int | None:
-    """The smallest card, in GB, that holds a QLoRA run; None if none does.
-
-    >>> smallest_card(1_000_000_000, 0, 0, activations_gb=1.0)
-    16
-    """
+    """The smallest card, in GB, that holds a QLoRA run; None if none does."""
     return _card(_gigabytes(linear, rest, adapter, activations_gb), cards)
 
 
@@ -260,11 +244,7 @@ ex_9_4 = Exercise(
 
 
 def resumes_to_the_same(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
-    """Does a run that kept only `saved` end as if it had not been interrupted?
-
-    >>> resumes_to_the_same(("adapter", "step"), optimizer="sgd", lora_dropout=0.0)
-    True
-    """
+    """Does a run that kept only `saved` end as if it had not been interrupted?"""
     return _needs(saved, optimizer, lora_dropout)
 
 
@@ -327,11 +307,7 @@ ex_9_5 = Exercise(
 
 
 def my_config() -> FinetuneConfig:
-    """The embedded preset with one setting changed.
-
-    >>> my_config().r
-    2
-    """
+    """The embedded preset with one setting changed."""
     return _preset(max_steps=200, answer_rows=60, r=2)
 
 

@@ -22,11 +22,7 @@ from qlora_edu.evaluation import word_f1
 
 
 def elo_update(rating: float, other: float, score: float, k: float) -> tuple[float, float]:
-    """Both ratings after a game; `score` is the first one's: 1, 0.5 or 0.
-
-    >>> elo_update(1000, 1000, score=1, k=32)
-    (1016.0, 984.0)
-    """
+    """Both ratings after a game; `score` is the first one's: 1, 0.5 or 0."""
     change = _change(rating, other, score, k)
     return rating + change, other - change
 
@@ -106,11 +102,7 @@ ex_10_1 = Exercise(
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest tokens that together have at least `top_p`, made to sum to 1.
-
-    >>> nucleus(torch.tensor([0.125, 0.5, 0.375]), top_p=0.75)
-    tensor([0.0000, 0.5714, 0.4286])
-    """
+    """The fewest likeliest tokens that together have at least `top_p`, made to sum to 1."""
     return _kept_by(lambda ordered, before, top_p: before < top_p)(probabilities, top_p)
 
 
@@ -198,11 +190,7 @@ ex_10_2 = Exercise(
 
 
 def points_per_game(games: Sequence[tuple[str, str, float]]) -> dict[str, float]:
-    """Each system's share of the points that it could have won: a win is 1, a tie 0.5.
-
-    >>> points_per_game([("a", "b", 1), ("b", "c", 0.5)])
-    {'a': 1.0, 'b': 0.25, 'c': 0.5}
-    """
+    """Each system's share of the points that it could have won: a win is 1, a tie 0.5."""
     return _points(games)
 
 
@@ -277,11 +265,7 @@ ex_10_3 = Exercise(
 
 
 def relative_percent(scores: Sequence[float], reference: Sequence[float]) -> float:
-    """The sum of a system's marks in per cent of the reference's, on the same prompts.
-
-    >>> relative_percent([8, 6, 7], [8, 8, 8])
-    87.5
-    """
+    """The sum of a system's marks in per cent of the reference's, on the same prompts."""
     return 100 * sum(scores) / sum(reference)
 
 
@@ -336,11 +320,7 @@ ex_10_4 = Exercise(
 def how_to_serve(
     tasks: int, base_16_bytes: int, base_4_bytes: int, adapter_bytes: int, card_bytes: int
 ) -> str | None:
-    """The fastest way in which all tasks are on the card at once; None if there is none.
-
-    >>> how_to_serve(3, base_16_bytes=14, base_4_bytes=4, adapter_bytes=1, card_bytes=24)
-    'shelf'
-    """
+    """The fastest way in which all tasks are on the card at once; None if there is none."""
     return _serve(tasks, base_16_bytes, base_4_bytes, adapter_bytes, card_bytes)
 
 
@@ -437,12 +417,7 @@ class _JudgeExercise(Exercise):
 
 
 def my_judge(row: Mapping[str, Any], first: str, second: str) -> float:
-    """The answer that begins as the wanted one does, for longer, is better.
-
-    >>> row = {"wanted": "a red lamp"}
-    >>> my_judge(row, "a red hat", "a lamp"), my_judge(row, "Ada", "Eva"), my_judge(row, "", "a")
-    (1.0, 0.5, 0.0)
-    """
+    """The answer that begins as the wanted one does, for longer, is better."""
     return _verdict(_shared(row, first), _shared(row, second))
 
 
