@@ -201,7 +201,7 @@ ex_7_4 = Exercise(
 
 
 def step_seconds(pages: int, compute: float, copy: float, prefetch: bool) -> float:
-    """Seconds of a step: each page is copied in and computed, one after the other or overlapping."""
+    """Seconds of a step: each page is copied in, then computed, in turn or overlapping."""
     return _seconds(lambda n, compute, copy: copy + (n - 1) * max(compute, copy) + compute)(
         pages, compute, copy, prefetch
     )
