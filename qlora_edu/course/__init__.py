@@ -2,3 +2,7 @@
 
 It imports the method (`qlora_edu.codebooks`, `qlora_edu.lora`, ...); the method never imports it.
 """
+
+from qlora_edu.course.progress import progress
+
+__all__ = ["progress"]

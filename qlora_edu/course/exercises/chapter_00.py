@@ -1,12 +1,9 @@
 """The exercises of notebook 0: bytes, levels, adapters, and rows of one's own."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen
 
 # The reader may multiply in another order than the reference; float32 sums then differ in their
 # last bits, while every listed mistake is off by at least a hundredth.
@@ -14,50 +11,167 @@ ROUNDING = 1e-4
 
 
 def weight_gigabytes(parameters: int, bits_per_weight: float) -> float:
-    """Size of the weights in GB (10⁹ bytes).
-
-    >>> weight_gigabytes(1_000_000_000, 16)
-    2.0
-    """
+    """Size of the weights in GB (10⁹ bytes)."""
     return parameters * bits_per_weight / 8 / 1e9
 
 
-def snap_to_levels(weights: Tensor, levels: Tensor) -> Tensor:
-    """Quantise and dequantise with one absmax for the whole tensor; the shape is kept.
+ex_0_1 = Exercise(
+    "0.1 how large is the base?",
+    weight_gigabytes,
+    [(3_000_000_000, 16), (6_738_415_616, 4.5)],
+    atol=1e-6,
+    because={
+        "that counts bits as if they were bytes; a byte has 8 bits": lambda n, bits: n * bits / 1e9,
+        "that is GiB (2³⁰ bytes); a GB is 10⁹ bytes, 7 % smaller": (
+            lambda n, bits: n * bits / 8 / 2**30
+        ),
+        "that is in bytes; divide by 10⁹ for GB": lambda n, bits: n * bits / 8,
+        "that is in MB (10⁶ bytes); a GB is 10⁹ bytes": lambda n, bits: n * bits / 8 / 1e6,
+        "4.5 bits are not a whole number of bytes; divide with /, not //": (
+            lambda n, bits: n * (bits // 8) / 1e9
+        ),
+    },
+)
 
-    >>> snap_to_levels(torch.tensor([2.0, 0.9, -1.2]), torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([ 2.,  0., -2.])
-    """
+
+def snap_to_levels(weights: Tensor, levels: Tensor) -> Tensor:
+    """Quantise and dequantise with one absmax for the whole tensor; the shape is kept."""
     absmax = weights.abs().max()
-    codes = ((weights / absmax)[..., None] - levels).abs().argmin(dim=-1)
-    return levels[codes] * absmax
+    return levels[_codes(weights / absmax, levels)] * absmax
+
+
+def _codes(x, levels):
+    return (x[..., None] - levels).abs().argmin(dim=-1)
+
+
+def _even_grid(weights, levels):
+    steps, absmax = len(levels) - 1, weights.abs().max()
+    return (((weights / absmax + 1) * steps / 2).round() * 2 / steps - 1) * absmax
+
+
+def _weights_and_levels(random: torch.Generator) -> Inputs:
+    """Levels spaced evenly and not; the largest magnitude is a negative weight's, and once not."""
+    four = torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0])
+    uneven = torch.tensor([-1.0, -0.4, -0.1, 0.0, 0.2, 1.0])
+    flat, square = torch.randn(40, generator=random), torch.randn(4, 6, generator=random)
+    return [
+        (torch.tensor([0.5, -2.0, 0.9, -0.4]), four),
+        (torch.tensor([0.5, -0.9, 1.5, 0.07]), uneven),
+        (3 * square, four),
+        (flat, torch.linspace(-1, 1, 15)),
+        (flat, uneven),
+    ]
+
+
+ex_0_2 = Exercise(
+    "0.2 snap to levels",
+    snap_to_levels,
+    _weights_and_levels,
+    atol=ROUNDING,
+    because={
+        "the levels lie in [-1, 1], the weights do not: divide by the absmax first": (
+            lambda weights, levels: levels[_codes(weights, levels)]
+        ),
+        "these are levels in [-1, 1]; the layer computes with level × absmax": (
+            lambda weights, levels: snap_to_levels(weights, levels) / weights.abs().max()
+        ),
+        "that divides by the largest weight, not by the largest magnitude; a large negative weight "
+        "then falls outside [-1, 1]": lambda weights, levels: (
+            levels[_codes(weights / weights.max(), levels)] * weights.max()
+        ),
+        "these are the codes (indices); look the levels up with them": (
+            lambda weights, levels: _codes(weights / weights.abs().max(), levels)
+        ),
+        "that is right for evenly spaced levels only; find the nearest of the `levels` given": (
+            _even_grid
+        ),
+        "one absmax for the whole tensor is asked for, not one for each row": (
+            lambda weights, levels: torch.stack(
+                [snap_to_levels(row, levels) for row in weights.reshape(-1, weights.shape[-1])]
+            ).reshape(weights.shape)
+        ),
+    },
+)
 
 
 def adapted_output(x: Tensor, W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
-    """``x`` ``[tokens, in]`` through ``W`` ``[out, in]`` and its adapter: ``[tokens, out]``.
+    """Take `x` `[tokens, in]` through `W` `[out, in]` and its adapter, to `[tokens, out]`."""
+    return _layer(x, W, A, B, lora_alpha / r)
 
-    >>> one = torch.ones(1, 1)
-    >>> adapted_output(one, one, one, one, lora_alpha=8, r=4)
-    tensor([[3.]])
-    """
-    return x @ W.T + (lora_alpha / r) * (x @ A.T @ B.T)
+
+def _layer(x, W, A, B, scaling):
+    return x @ W.T + scaling * (x @ A.T @ B.T)
+
+
+def _adapted_layers(random: torch.Generator) -> Inputs:
+    for tokens, n_in, n_out, lora_alpha, r in ((5, 6, 4, 8.0, 2), (3, 4, 4, 6.0, 4)):
+        shapes = ((tokens, n_in), (n_out, n_in), (r, n_in), (n_out, r))
+        yield *(torch.randn(*shape, generator=random) for shape in shapes), lora_alpha, r
+
+
+ex_0_3 = Exercise(
+    "0.3 one layer, adapted",
+    adapted_output,
+    _adapted_layers,
+    atol=ROUNDING,
+    because={
+        "that scales by α; LoRA scales by α/r, so that r can change and the loudness stays": (
+            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, alpha)
+        ),
+        "the factor α/r is missing": lambda x, W, A, B, alpha, r: _layer(x, W, A, B, 1),
+        "that is the lower road alone; the frozen W x must be added": (
+            lambda x, W, A, B, alpha, r: _layer(x, 0 * W, A, B, alpha / r)
+        ),
+        "that is the frozen W x alone; the adapter's part is to be added": (
+            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, 0)
+        ),
+        "the factor is upside down: α/r, not r/α": (
+            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, r / alpha)
+        ),
+        "that divides by √r, as a variant of LoRA does (rsLoRA); here it is α/r": (
+            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, alpha / r**0.5)
+        ),
+        "the factor α/r belongs to the adapter alone, not to W x": (
+            lambda x, W, A, B, alpha, r: alpha / r * _layer(x, W, A, B, 1)
+        ),
+    },
+)
 
 
 def trained_parameters(shapes: list[tuple[int, int]], r: int) -> int:
-    """Parameters in adapters of rank ``r`` on layers of these ``(out, in)`` shapes.
-
-    >>> trained_parameters([(3, 2)], r=1)
-    5
-    """
+    """Parameters in adapters of rank `r` on layers of these `(out, in)` shapes."""
     return sum(r * (n_out + n_in) for n_out, n_in in shapes)
 
 
-def my_rows() -> list[dict[str, list[dict[str, str]]]]:
-    """Three rows in the layout of the training data.
+ex_0_4 = Exercise(
+    "0.4 how many parameters are trained?",
+    trained_parameters,
+    [([(640, 256), (128, 256)], 16), ([(96, 64)], 3), (4 * [(256, 256)] + [(64, 256)], 8)],
+    because={
+        "that counts A alone; B is stored and trained too": (
+            lambda shapes, r: sum(r * n_in for _, n_in in shapes)
+        ),
+        "that counts B alone; A is stored and trained too": (
+            lambda shapes, r: sum(r * n_out for n_out, _ in shapes)
+        ),
+        "that counts W, which is frozen; the adapter's count does not multiply out by in": (
+            lambda shapes, r: sum(n_out * n_in for n_out, n_in in shapes)
+        ),
+        "r × out × in is larger than W itself; A has r × in numbers and B has out × r": (
+            lambda shapes, r: sum(r * n_out * n_in for n_out, n_in in shapes)
+        ),
+        "r appears once in each of the two shapes; the sum is r × (out + in)": (
+            lambda shapes, r: r * trained_parameters(shapes, r)
+        ),
+        "layers of the same shape have an adapter each; count every one of the list": (
+            lambda shapes, r: trained_parameters(set(shapes), r)
+        ),
+    },
+)
 
-    >>> my_rows()[0]["messages"][1]
-    {'role': 'assistant', 'content': 'Ada'}
-    """
+
+def my_rows() -> list[dict[str, list[dict[str, str]]]]:
+    """Three rows in the layout of the training data."""
     passage = "Ada sold a red lamp to Hugo. It was Monday."
     asked = [
         ("Who sold the lamp?", "Ada"),
@@ -75,232 +189,50 @@ def my_rows() -> list[dict[str, list[dict[str, str]]]]:
     ]
 
 
-ex_0_1 = Check(
-    "0.1 how large is the base?",
-    reference=weight_gigabytes,
-    cases=lambda random: [
-        {"parameters": 3_000_000_000, "bits_per_weight": 16},
-        {"parameters": 6_738_415_616, "bits_per_weight": 4.5},
-    ],
-    mistakes=(
-        Mistake(
-            "bits as bytes",
-            lambda parameters, bits_per_weight: parameters * bits_per_weight / 1e9,
-            "that counts bits as if they were bytes; a byte has 8 bits",
-        ),
-        Mistake(
-            "GiB",
-            lambda parameters, bits_per_weight: parameters * bits_per_weight / 8 / 2**30,
-            "that is GiB (2³⁰ bytes); a GB is 10⁹ bytes, 7 % smaller",
-        ),
-        Mistake(
-            "bytes",
-            lambda parameters, bits_per_weight: parameters * bits_per_weight / 8,
-            "that is in bytes; divide by 10⁹ for GB",
-        ),
-        Mistake(
-            "whole bits",
-            lambda parameters, bits_per_weight: parameters * (bits_per_weight // 8) / 1e9,
-            "4.5 bits are not a whole number of bytes; divide with /, not //",
-        ),
-    ),
-    atol=1e-6,
-)
-
-
-def _weights_and_levels(random: torch.Generator) -> Sequence[Case]:
-    four = torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0])
-    return [
-        {"weights": torch.tensor([0.5, -2.0, 0.9, -0.4]), "levels": four},
-        {"weights": 3 * torch.randn(4, 6, generator=random), "levels": four},
-        {"weights": torch.randn(40, generator=random), "levels": torch.linspace(-1, 1, 15)},
-    ]
-
-
-def _no_absmax(weights: Tensor, levels: Tensor) -> Tensor:
-    return levels[(weights[..., None] - levels).abs().argmin(dim=-1)]
-
-
-def _not_scaled_back(weights: Tensor, levels: Tensor) -> Tensor:
-    return snap_to_levels(weights, levels) / weights.abs().max()
-
-
-def _signed_maximum(weights: Tensor, levels: Tensor) -> Tensor:
-    largest = weights.max()
-    return levels[((weights / largest)[..., None] - levels).abs().argmin(dim=-1)] * largest
-
-
-def _codes(weights: Tensor, levels: Tensor) -> Tensor:
-    return ((weights / weights.abs().max())[..., None] - levels).abs().argmin(dim=-1)
-
-
-ex_0_2 = Check(
-    "0.2 snap to levels",
-    reference=snap_to_levels,
-    cases=_weights_and_levels,
-    mistakes=(
-        Mistake(
-            "no absmax",
-            _no_absmax,
-            "the levels lie in [-1, 1], the weights do not: divide by the absmax first",
-        ),
-        Mistake(
-            "not scaled back",
-            _not_scaled_back,
-            "these are levels in [-1, 1]; the layer computes with level × absmax",
-        ),
-        Mistake(
-            "signed maximum",
-            _signed_maximum,
-            "that divides by the largest weight, not by the largest magnitude; a large "
-            "negative weight then falls outside [-1, 1]",
-        ),
-        Mistake("codes", _codes, "these are the codes (indices); look the levels up with them"),
-    ),
-    atol=ROUNDING,
-)
-
-
-def _adapted_layer(random: torch.Generator) -> Sequence[Case]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    return [
-        {
-            "x": normal(5, 6),
-            "W": normal(4, 6),
-            "A": normal(2, 6),
-            "B": normal(4, 2),
-            "lora_alpha": 8.0,
-            "r": 2,
-        },
-        {
-            "x": normal(3, 4),
-            "W": normal(4, 4),
-            "A": normal(4, 4),
-            "B": normal(4, 4),
-            "lora_alpha": 6.0,
-            "r": 4,
-        },
-    ]
-
-
-ex_0_3 = Check(
-    "0.3 one layer, adapted",
-    reference=adapted_output,
-    cases=_adapted_layer,
-    mistakes=(
-        Mistake(
-            "alpha alone",
-            lambda x, W, A, B, lora_alpha, r: x @ W.T + lora_alpha * (x @ A.T @ B.T),
-            "that scales by α; LoRA scales by α/r, so that r can change and the loudness stays",
-        ),
-        Mistake(
-            "no scaling",
-            lambda x, W, A, B, lora_alpha, r: x @ W.T + x @ A.T @ B.T,
-            "the factor α/r is missing",
-        ),
-        Mistake(
-            "adapter alone",
-            lambda x, W, A, B, lora_alpha, r: (lora_alpha / r) * (x @ A.T @ B.T),
-            "that is the lower road alone; the frozen W x must be added",
-        ),
-        Mistake(
-            "r over alpha",
-            lambda x, W, A, B, lora_alpha, r: x @ W.T + (r / lora_alpha) * (x @ A.T @ B.T),
-            "the factor is upside down: α/r, not r/α",
-        ),
-    ),
-    atol=ROUNDING,
-)
-
-
-ex_0_4 = Check(
-    "0.4 how many parameters are trained?",
-    reference=trained_parameters,
-    cases=lambda random: [
-        {"shapes": [(640, 256), (128, 256)], "r": 16},
-        {"shapes": [(96, 64)], "r": 3},
-    ],
-    mistakes=(
-        Mistake(
-            "A alone",
-            lambda shapes, r: sum(r * n_in for _, n_in in shapes),
-            "that counts A alone; B is stored and trained too",
-        ),
-        Mistake(
-            "B alone",
-            lambda shapes, r: sum(r * n_out for n_out, _ in shapes),
-            "that counts B alone; A is stored and trained too",
-        ),
-        Mistake(
-            "the whole weight",
-            lambda shapes, r: sum(n_out * n_in for n_out, n_in in shapes),
-            "that counts W, which is frozen; the adapter's count does not multiply out by in",
-        ),
-        Mistake(
-            "rank times weight",
-            lambda shapes, r: sum(r * n_out * n_in for n_out, n_in in shapes),
-            "r × out × in is larger than W itself; A has r × in numbers and B has out × r",
-        ),
-        Mistake(
-            "r once too often",
-            lambda shapes, r: sum(r * r * (o + i) for o, i in shapes),
-            "r appears once in each of the two shapes; the sum is r × (out + in)",
-        ),
-    ),
-)
-
-
-def _roles_differ(rows: Any) -> bool:
-    return any([m["role"] for m in row["messages"]] != ["user", "assistant"] for row in rows)
-
-
-def _first_row(**changes: Any) -> list[dict]:
+def _first_row(message, **changes):
     rows = my_rows()
-    rows[0]["messages"][1].update(changes)
+    rows[0]["messages"][message].update(changes)
     return rows
 
 
-def _same_question() -> list[dict]:
-    return 3 * my_rows()[:1]
+def _contents(rows):
+    return [message["content"] for row in rows for message in row["messages"]]
 
 
-ex_0_5 = OpenCheck(
+ex_0_5 = Exercise(
     "0.5 break it",
-    reference=my_rows,
-    mistakes=(
-        Mistake(
-            "too few",
-            lambda: my_rows()[:2],
-            "return a list of at least three rows",
-            lambda case, rows, _: not isinstance(rows, list) or len(rows) < 3,
+    my_rows,
+    open=True,
+    because={
+        "return a list of at least three rows": Seen(
+            lambda: my_rows()[:2], lambda rows: not isinstance(rows, list) or len(rows) < 3
         ),
-        Mistake(
-            "bare messages",
+        'each row is a dictionary {"messages": [...]}': Seen(
             lambda: [row["messages"] for row in my_rows()],
-            'each row is a dictionary {"messages": [...]}',
-            lambda case, rows, _: not all(isinstance(row["messages"], list) for row in rows),
+            lambda rows: not all(isinstance(row["messages"], list) for row in rows),
         ),
-        Mistake(
-            "other roles",
-            lambda: _first_row(role="bot"),
-            'each row has two messages: role "user", then role "assistant"',
-            lambda case, rows, _: _roles_differ(rows),
-        ),
-        Mistake(
-            "empty answer",
-            lambda: _first_row(content=" "),
-            "an empty answer teaches the model to say nothing: write what is right",
-            lambda case, rows, _: (
-                not all(m["content"].strip() for row in rows for m in row["messages"])
+        'each row has two messages: role "user", then role "assistant"': Seen(
+            lambda: _first_row(1, role="bot"),
+            lambda rows: any(
+                [m["role"] for m in row["messages"]] != ["user", "assistant"] for row in rows
             ),
         ),
-        Mistake(
-            "one question",
-            _same_question,
-            "two rows have the same user message; ask different things",
-            lambda case, rows, _: len({r["messages"][0]["content"] for r in rows}) < len(rows),
+        "the content of a message is text: put it in quotation marks": Seen(
+            lambda: _first_row(1, content=17),
+            lambda rows: not all(isinstance(text, str) for text in _contents(rows)),
         ),
-    ),
+        "an empty answer teaches the model to say nothing: write what is right": Seen(
+            lambda: _first_row(1, content=" "),
+            lambda rows: not all(text.strip() for text in _contents(rows)),
+        ),
+        "the user's message is the passage, a line break (\\n) and the question": Seen(
+            lambda: _first_row(0, content="Who sold the lamp?"),
+            lambda rows: any("\n" not in text.strip() for text in _contents(rows)[::2]),
+        ),
+        "two rows have the same user message; ask different things": Seen(
+            lambda: 3 * my_rows()[:1], lambda rows: len(set(_contents(rows)[::2])) < len(rows)
+        ),
+    },
 )
+
+EXERCISES = (ex_0_1, ex_0_2, ex_0_3, ex_0_4, ex_0_5)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -10,255 +10,180 @@ from torch import Tensor
 
 from qlora_edu.blockwise import BLOCKSIZES, pack_nibbles, read_back, unpack_nibbles
 from qlora_edu.codebooks import get_levels, nf4_levels
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, faults_left
 
 
 def bits_a_weight(code_bits: int, blocksize: int, constant_bits: int) -> float:
-    """Add a weight's share of its block's constants to its code.
-
-    >>> bits_a_weight(4, 64, 32)
-    4.5
-    """
+    """Add a weight's share of its block's constants to its code."""
     return code_bits + constant_bits / blocksize
 
 
-ex_2_1 = Check(
+ex_2_1 = Exercise(
     "2.1 what a block costs",
-    reference=bits_a_weight,
-    cases=lambda random: [
-        {"code_bits": code, "blocksize": size, "constant_bits": constant}
-        for code, size, constant in ((4, 64, 32), (4, 32, 32), (3, 128, 16), (2, 4096, 48))
-    ],
+    bits_a_weight,
+    [(4, 64, 32), (4, 32, 32), (3, 128, 16), (2, 4096, 48)],
     # Binary fractions: nothing is lost, whatever the order of the steps.
     atol=1e-12,
-    mistakes=(
-        Mistake(
-            "constants forgotten",
-            lambda code_bits, blocksize, constant_bits: float(code_bits),
-            "the codes alone cannot be read back: each block's constants are stored too",
+    because={
+        "the codes alone cannot be read back: each block's constants are stored too": (
+            lambda code, size, constant: code
         ),
-        Mistake(
-            "a constant for each weight",
-            lambda code_bits, blocksize, constant_bits: float(code_bits + constant_bits),
-            "the constants are stored once a block and not once a weight: share them out",
+        "the constants are stored once a block and not once a weight: share them out": (
+            lambda code, size, constant: code + constant
         ),
-        Mistake(
-            "bytes for bits",
-            lambda code_bits, blocksize, constant_bits: code_bits + constant_bits / 8 / blocksize,
-            "constant_bits are bits already; dividing by 8 makes bytes of them",
+        "constant_bits are bits already; dividing by 8 makes bytes of them": (
+            lambda code, size, constant: code + constant / 8 / size
         ),
-        Mistake(
-            "upside down",
-            lambda code_bits, blocksize, constant_bits: code_bits + blocksize / constant_bits,
-            "a larger block makes a weight cheaper: the block size stands below the line",
+        "a larger block makes a weight cheaper: the block size stands below the line": (
+            lambda code, size, constant: code + size / constant
         ),
-        Mistake(
-            "the whole block",
-            lambda code_bits, blocksize, constant_bits: code_bits * blocksize + constant_bits,
-            "those are the bits of a whole block; divide by its number of weights",
+        "those are the bits of a whole block; divide by its number of weights": (
+            lambda code, size, constant: code * size + constant
         ),
-    ),
+        "a share of a bit counts: divide with / and not with //": (
+            lambda code, size, constant: code + constant // size
+        ),
+        "the constants are not always 32 bits: take constant_bits": (
+            lambda code, size, constant: code + 32 / size
+        ),
+    },
 )
 
 
 def pack_quarters(codes: Tensor) -> Tensor:
-    """Put four 2-bit codes in a byte, the first in the highest bits; fill the last up with 0.
-
-    >>> pack_quarters(torch.tensor([0, 1, 2, 3, 3], dtype=torch.uint8)).tolist()
-    [27, 192]
-    """
-    return (_fours(codes) * torch.tensor([64, 16, 4, 1])).sum(dim=1).to(torch.uint8)
+    """Put four 2-bit codes in a byte, the first in the highest bits; fill the last up with 0."""
+    return _weighed(_fours(codes), 64, 16, 4, 1).to(torch.uint8)
 
 
-def _fours(codes: Tensor) -> Tensor:
+def _fours(codes):
     return F.pad(codes.long(), (0, -len(codes) % 4)).view(-1, 4)
 
 
-def _weighed(codes: Tensor, *places: int) -> Tensor:
-    return (_fours(codes) * torch.tensor(places)).sum(dim=1)
+def _weighed(fours, *places):
+    return (fours * torch.tensor(places)).sum(dim=1)
 
 
-def _quarters_of_the_tensor(codes: Tensor) -> Tensor:
-    return (_fours(codes).view(4, -1) * torch.tensor([[64], [16], [4], [1]])).sum(dim=0)
-
-
-def _code_rows(random: torch.Generator) -> list[Case]:
+def _code_rows(random: torch.Generator) -> Inputs:
     rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([3, 3, 3, 3])]
     rows += [torch.randint(4, (n,), generator=random) for n in (8, 6, 64, 3)]
-    return [{"codes": row.to(torch.uint8)} for row in rows]
+    return [(row.to(torch.uint8),) for row in rows]
 
 
-ex_2_2 = Check(
+ex_2_2 = Exercise(
     "2.2 four codes in a byte",
-    reference=pack_quarters,
-    cases=_code_rows,
-    mistakes=(
-        Mistake(
-            "lowest bits first",
-            lambda codes: _weighed(codes, 1, 4, 16, 64),
-            "the first of four codes belongs in the *highest* two bits: [0, 1, 2, 3] gives 0x1B, "
-            "not 0xE4",
+    pack_quarters,
+    _code_rows,
+    exact_dtype=True,  # packed into int64, a byte would take eight
+    because={
+        "the first of four codes belongs in the *highest* two bits: [0, 1, 2, 3] gives 0x1B, not "
+        "0xE4": lambda codes: _weighed(_fours(codes), 1, 4, 16, 64),
+        "added without shifting, the codes cannot be told apart again: each needs two bits of its "
+        "own": lambda codes: _weighed(_fours(codes), 1, 1, 1, 1),
+        "four bits for each are too many: a shift by 4 is for nibbles, these codes take 2 bits": (
+            lambda codes: _weighed(_fours(codes), 4096, 256, 16, 1) % 256
         ),
-        Mistake(
-            "not shifted",
-            lambda codes: _weighed(codes, 1, 1, 1, 1),
-            "added without shifting, the codes cannot be told apart again: each needs two bits of "
-            "its own",
+        "a 2-bit place counts to 4, so each place is worth four times the next and not ten": (
+            lambda codes: _weighed(_fours(codes), 1000, 100, 10, 1) % 256
         ),
-        Mistake(
-            "shifted as nibbles",
-            lambda codes: _weighed(codes, 4096, 256, 16, 1) % 256,
-            "four bits for each are too many: a shift by 4 is for nibbles, these codes take 2 bits",
+        "neighbours share a byte: codes 0 to 3, then 4 to 7, not one from each quarter of the "
+        "tensor": lambda codes: _weighed(_fours(codes).view(4, -1).T, 64, 16, 4, 1),
+        "codes left over at the end need one more byte, filled up with zeros": (
+            lambda codes: pack_quarters(codes[: len(codes) // 4 * 4])
         ),
-        Mistake(
-            "tens",
-            lambda codes: _weighed(codes, 1000, 100, 10, 1) % 256,
-            "a 2-bit place counts to 4, so each place is worth four times the next and not ten",
+        "the zeros that fill the last byte up come after the codes, not before them": (
+            lambda codes: pack_quarters(F.pad(codes, (-len(codes) % 4, 0)))
         ),
-        Mistake(
-            "quarters of the tensor",
-            _quarters_of_the_tensor,
-            "neighbours share a byte: codes 0 to 3, then 4 to 7, not one from each quarter of the "
-            "tensor",
-        ),
-        Mistake(
-            "the last ones dropped",
-            lambda codes: pack_quarters(codes[: len(codes) // 4 * 4]),
-            "codes left over at the end need one more byte, filled up with zeros",
-        ),
-    ),
+    },
 )
 
 
 def where_is(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    """Find a weight of a matrix: its byte, its half of the byte, its block.
-
-    >>> where_is(1, 3, columns=6, blocksize=4)
-    (4, 'low', 2)
-    """
+    """Find a weight of a matrix: its byte, its half of the byte, its block."""
     position = row * columns + column
     return position // 2, ("high", "low")[position % 2], position // blocksize
 
 
-def _places(random: torch.Generator) -> list[Case]:
-    cases = [{"row": 1, "column": 2, "columns": 6, "blocksize": 4}]
-    for columns, blocksize in ((96, 64), (256, 64), (100, 32), (5, 32)):
-        row, column = (int(torch.randint(4, 50, (), generator=random)) for _ in range(2))
-        cases.append(
-            {"row": row, "column": column % columns, "columns": columns, "blocksize": blocksize}
-        )
-    return cases
+def _places(random: torch.Generator) -> Inputs:
+    """Places in matrices; in the last two an odd row begins in the middle of a byte."""
+    shapes = ((96, 64), (256, 64), (100, 32), (5, 32))
+    drawn = torch.randint(4, 50, (4, 2), generator=random).tolist()
+    places = [(r, c % n, n, size) for (r, c), (n, size) in zip(drawn, shapes, strict=True)]
+    return [(1, 2, 6, 4), *places, (7, 2, 5, 32), (9, 3, 5, 32)]
 
 
-def _by_column(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    return where_is(column, row, columns, blocksize)
+def _misplaced(byte=None, half=None, block=None):
+    """Make the right answer with one part of it changed, by a function of place and right part."""
+
+    def wrong(row, column, columns, size):
+        right = where_is(row, column, columns, size)
+        changes = zip((byte, half, block), right, strict=True)
+        return tuple(r if f is None else f(row, column, columns, size) for f, r in changes)
+
+    return wrong
 
 
-def _blocks_restart(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    byte, half, _ = where_is(row, column, columns, blocksize)
-    return byte, half, row * -(-columns // blocksize) + column // blocksize
-
-
-def _not_halved(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    _, half, block = where_is(row, column, columns, blocksize)
-    return row * columns + column, half, block
-
-
-def _swapped(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    byte, half, block = where_is(row, column, columns, blocksize)
-    return byte, {"high": "low", "low": "high"}[half], block
-
-
-def _blocks_of_bytes(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    byte, half, _ = where_is(row, column, columns, blocksize)
-    return byte, half, byte // blocksize
-
-
-ex_2_3 = Check(
+ex_2_3 = Exercise(
     "2.3 which byte?",
-    reference=where_is,
-    cases=_places,
-    mistakes=(
-        Mistake(
-            "down the columns",
-            _by_column,
-            "a tensor is laid flat row by row: the position is row × columns + column",
+    where_is,
+    _places,
+    because={
+        "a tensor is laid flat row by row: the position is row × columns + column": (
+            lambda row, column, columns, size: where_is(column, row, columns, size)
         ),
-        Mistake(
-            "blocks restart",
-            _blocks_restart,
-            "blocks do not start anew with each row: they run on across rows, so a block is "
-            "position // blocksize",
+        "blocks do not start anew with each row: they run on across rows, so a block is position "
+        "// blocksize": _misplaced(block=lambda r, c, n, size: r * -(-n // size) + c // size),
+        "two weights share a byte: the byte is position // 2": (
+            _misplaced(byte=lambda r, c, n, size: r * n + c)
         ),
-        Mistake(
-            "one byte each",
-            _not_halved,
-            "two weights share a byte: the byte is position // 2",
+        "the first of two, at an even position, is in the high nibble": (
+            _misplaced(half=lambda r, c, n, size: ("low", "high")[(r * n + c) % 2])
         ),
-        Mistake(
-            "halves swapped",
-            _swapped,
-            "the first of two, at an even position, is in the high nibble",
+        "the position decides and not the column: a row may begin in the middle of a byte": (
+            _misplaced(half=lambda r, c, n, size: ("high", "low")[c % 2])
         ),
-        Mistake(
-            "blocks of bytes",
-            _blocks_of_bytes,
-            "the block size counts weights and not bytes",
+        "return (byte, half, block), in this order": lambda *place: where_is(*place)[::-1],
+        "the block size counts weights and not bytes": (
+            _misplaced(block=lambda r, c, n, size: (r * n + c) // 2 // size)
         ),
-    ),
+    },
 )
 
 
 def deadly_ratio(levels: Tensor) -> float:
-    """How many times the largest other weight an outlier must be to turn all others to zero.
-
-    >>> round(deadly_ratio(get_levels("int4")), 4)
-    14.0
-    """
+    """How many times the largest other weight an outlier must be to turn all others to zero."""
     above, below = levels[levels > 0].min(), -levels[levels < 0].max()
     return 2 / min(above, below).item()
 
 
-def _tables_with_zero(random: torch.Generator) -> list[Case]:
-    names = ("nf4", "int4", "fp4-e3m0", "fp4-e2m1", "af4")
-    return [{"levels": get_levels(name)} for name in names]
-
-
-ex_2_4 = Check(
+ex_2_4 = Exercise(
     "2.4 a deadly outlier",
-    reference=deadly_ratio,
-    cases=_tables_with_zero,
+    deadly_ratio,
+    # The last is NF4 turned round: there the negative neighbour of zero is the nearer one.
+    [
+        *((get_levels(name),) for name in ("nf4", "int4", "fp4-e3m0", "fp4-e2m1", "af4")),
+        (-nf4_levels().flip(0),),
+    ],  # fmt: skip
     # The ratios are 14 to 128, so float32 is good to a few 1e-6.
     atol=1e-3,
-    mistakes=(
-        Mistake(
-            "no midpoint",
-            lambda levels: deadly_ratio(levels) / 2,
-            "a weight is lost as soon as 0 is *nearer* than the next level: below half of that "
-            "level",
+    because={
+        "a weight is lost as soon as 0 is *nearer* than the next level: below half of that level": (
+            lambda levels: deadly_ratio(levels) / 2
         ),
-        Mistake(
-            "the wider side",
-            lambda levels: 2 / max(levels[levels > 0].min(), -levels[levels < 0].max()).item(),
-            "then weights of one sign still survive: the level nearer to zero decides",
+        "then weights of one sign still survive: the level nearer to zero decides": (
+            lambda levels: 2 / max(levels[levels > 0].min(), -levels[levels < 0].max()).item()
         ),
-        Mistake(
-            "the widest gap",
-            lambda levels: 2 / levels.diff().max().item(),
-            "weights beside an outlier lie near zero: only the gaps next to zero matter",
+        "that looks at one side of zero only; the signs of the others are unknown": (
+            lambda levels: 2 / levels[levels > 0].min().item()
         ),
-        Mistake(
-            "upside down",
-            lambda levels: 1 / deadly_ratio(levels),
-            "that is the size of the other weights against the outlier; the question is how many "
-            "times larger the outlier is",
+        "weights beside an outlier lie near zero: only the gaps next to zero matter": (
+            lambda levels: 2 / levels.diff().max().item()
         ),
-        Mistake(
-            "the first level",
-            lambda levels: 2 / levels.abs().max().item(),
-            "the outlier itself is at ±1 in every table; look at the levels next to zero",
+        "that is the size of the other weights against the outlier; the question is how many times "
+        "larger the outlier is": lambda levels: 1 / deadly_ratio(levels),
+        "the outlier itself is at ±1 in every table; look at the levels next to zero": (
+            lambda levels: 2 / levels.abs().max().item()
         ),
-    ),
+    },
 )
 
 
@@ -271,227 +196,144 @@ def repaired_reader(
     return (values * absmax[torch.arange(n) // blocksize]).reshape(tuple(shape))
 
 
-def _small_tensors(random: torch.Generator) -> list[Case]:
+def _small_tensors(random: torch.Generator) -> Inputs:
     """Codes and constants by chance, in blocks that end within rows, at their ends, and short."""
-    cases = []
-    for shape, blocksize in (((2, 6), 4), ((3, 5), 4), ((4, 8), 8), ((10,), 4), ((3, 2, 3), 4)):
+    even = torch.linspace(-1, 1, 16)
+    for shape, blocksize, levels in (
+        *(((2, 6), 4, nf4_levels()), ((3, 5), 4, nf4_levels()), ((4, 8), 8, even)),
+        *(((10,), 4, nf4_levels()), ((3, 2, 3), 4, even)),
+    ):
         n = math.prod(shape)
         codes = torch.randint(16, (n,), generator=random).to(torch.uint8)
         absmax = torch.rand(-(-n // blocksize), generator=random) * 9 + 1
-        cases.append(
-            {
-                "packed": pack_nibbles(codes),
-                "absmax": absmax,
-                "levels": get_levels("nf4"),
-                "blocksize": blocksize,
-                "shape": shape,
-            }
-        )
-    return cases
+        yield pack_nibbles(codes), absmax, levels, blocksize, shape
 
 
-def _low_first(
-    packed: Tensor, absmax: Tensor, levels: Tensor, blocksize: int, shape: Sequence[int]
-) -> Tensor:
-    return repaired_reader((packed << 4) | (packed >> 4), absmax, levels, blocksize, shape)
+def _keeps_the_filling(packed, absmax, levels, size, shape):
+    n = 2 * len(packed)
+    shape = shape if math.prod(shape) == n else (n,)
+    return repaired_reader(packed, torch.cat([absmax, absmax[-1:]]), levels, size, shape)
 
 
-def _with_blocks(
-    packed: Tensor, absmax: Tensor, levels: Tensor, shape: Sequence[int], blocks: Tensor
-) -> Tensor:
-    """Read with a block of one's own choice for each weight, kept inside what there is."""
-    values = levels[unpack_nibbles(packed, math.prod(shape)).long()]
-    return (values * absmax[blocks.clamp(max=len(absmax) - 1)]).reshape(tuple(shape))
+def _reader(packed, absmax, levels, size, shape, **faults):
+    """The notebook's broken reader, with those of its faults that are named, or with another."""
+    n = math.prod(shape)
+    halves = [packed & 15, packed >> 4] if "low_first" in faults else [packed >> 4, packed & 15]
+    codes = torch.cat(halves, dim=1).flatten()
+    place, columns = torch.arange(n), shape[-1]
+    if "by_row" in faults:
+        constants = absmax[: shape[0]].repeat_interleave(columns)
+    elif "restart" in faults:
+        block = place // columns * -(-columns // size) + place % columns // size
+        constants = absmax[block.clamp(max=len(absmax) - 1)]
+    else:
+        constants = absmax[place // (2 * size if "of_bytes" in faults else size)]
+    values = levels[(codes if "uncut" in faults else codes[:n]).long()]
+    return (values if "bare" in faults else values * constants).reshape(shape)
 
 
-def _restarting(
-    packed: Tensor, absmax: Tensor, levels: Tensor, blocksize: int, shape: Sequence[int]
-) -> Tensor:
-    position, columns = torch.arange(math.prod(shape)), shape[-1]
-    rows = position // columns
-    blocks = rows * -(-columns // blocksize) + position % columns // blocksize
-    return _with_blocks(packed, absmax, levels, shape, blocks)
-
-
-def _one_a_row(
-    packed: Tensor, absmax: Tensor, levels: Tensor, blocksize: int, shape: Sequence[int]
-) -> Tensor:
-    return _with_blocks(packed, absmax, levels, shape, torch.arange(math.prod(shape)) // shape[-1])
-
-
-def _constants_by_byte(
-    packed: Tensor, absmax: Tensor, levels: Tensor, blocksize: int, shape: Sequence[int]
-) -> Tensor:
-    blocks = torch.arange(math.prod(shape)) // 2 // blocksize
-    return _with_blocks(packed, absmax, levels, shape, blocks)
-
-
-def _filling_kept(
-    packed: Tensor, absmax: Tensor, levels: Tensor, blocksize: int, shape: Sequence[int]
-) -> Tensor:
-    if math.prod(shape) % 2 == 0:
-        return repaired_reader(packed, absmax, levels, blocksize, shape)
-    absmax = torch.cat([absmax, absmax[-1:]])
-    return repaired_reader(packed, absmax, levels, blocksize, (math.prod(shape) + 1,))
-
-
-ex_2_5 = Check(
+ex_2_5 = Exercise(
     "2.5 repair the reader",
-    reference=repaired_reader,
-    cases=_small_tensors,
+    repaired_reader,
+    _small_tensors,
     # One product in float32; another order of the steps may round it otherwise.
     atol=1e-5,
-    mistakes=(
-        Mistake(
-            "low nibble first",
-            _low_first,
-            "each pair of weights has changed places: the first code is in the high nibble",
+    because={
+        **faults_left(
+            _reader,
+            low_first="each pair of weights has changed places: the first code is in the high "
+            "nibble",
+            by_row="a row is not a block: weight number i belongs to constant i // blocksize",
+            uncut="an odd number of weights leaves a nibble over: only the first n codes are "
+            "weights",
         ),
-        Mistake(
-            "one constant a row",
-            _one_a_row,
-            "a row is not a block: weight number i belongs to constant i // blocksize",
+        "the blocks were made from the flat tensor and run on across rows; do not begin a new one "
+        "with each row": partial(_reader, restart=True),
+        "the block size counts weights, and a byte holds two of them": (
+            partial(_reader, of_bytes=True)
         ),
-        Mistake(
-            "blocks restart",
-            _restarting,
-            "the blocks were made from the flat tensor and run on across rows; do not begin a new "
-            "one with each row",
+        "these are the levels, between -1 and 1; each is to be multiplied by its block's absmax": (
+            partial(_reader, bare=True)
         ),
-        Mistake(
-            "constants by byte",
-            _constants_by_byte,
-            "the block size counts weights, and a byte holds two of them",
+        "an odd number of weights leaves a nibble over: cut the codes, and keep the shape": (
+            _keeps_the_filling
         ),
-        Mistake(
-            "levels only",
-            lambda packed, absmax, levels, blocksize, shape: levels[
-                unpack_nibbles(packed, math.prod(shape)).long()
-            ].reshape(tuple(shape)),
-            "these are the levels, between -1 and 1; each is to be multiplied by its block's "
-            "absmax",
-        ),
-        Mistake(
-            "filling kept",
-            _filling_kept,
-            "an odd number of weights leaves a nibble over: only the first n codes are weights",
-        ),
-    ),
+    },
 )
 
 
-def _relative_errors(weights: Tensor, levels: Tensor) -> dict[int, float]:
-    return {
-        size: ((read_back(weights, levels, size) - weights).abs().mean() / weights.abs().mean())
-        .double()
-        .item()
-        for size in BLOCKSIZES
-    }
+def _largest_within(weights, levels, limit, error=torch.abs, reduce=torch.mean, share=True):
+    """The largest block size whose error, measured in this way, is within the limit; or 0."""
+
+    def size_of(x):
+        return reduce(error(x).double())
+
+    whole = size_of(weights) if share else 1
+    fits = [
+        b for b in BLOCKSIZES if size_of(read_back(weights, levels, b) - weights) / whole <= limit
+    ]
+    return max(fits, default=0)
 
 
 def largest_blocksize(weights: Tensor, levels: Tensor, limit: float) -> int:
     """The largest block size whose mean error is at most `limit` of the mean magnitude, or 0."""
-    errors = _relative_errors(weights, levels)
-    return max((size for size in BLOCKSIZES if errors[size] <= limit), default=0)
-
-
-def _absolute(weights: Tensor, levels: Tensor, limit: float) -> int:
-    errors = {s: (read_back(weights, levels, s) - weights).abs().mean() for s in BLOCKSIZES}
-    return max((size for size in BLOCKSIZES if errors[size] <= limit), default=0)
-
-
-def _squared(weights: Tensor, levels: Tensor, limit: float) -> int:
-    errors = {
-        s: (read_back(weights, levels, s) - weights).square().mean().sqrt()
-        / weights.square().mean().sqrt()
-        for s in BLOCKSIZES
-    }
-    return max((size for size in BLOCKSIZES if errors[size] <= limit), default=0)
-
-
-def _worst(weights: Tensor, levels: Tensor, limit: float) -> int:
-    errors = {
-        s: (read_back(weights, levels, s) - weights).abs().max() / weights.abs().max()
-        for s in BLOCKSIZES
-    }
-    return max((size for size in BLOCKSIZES if errors[size] <= limit), default=0)
+    return _largest_within(weights, levels, limit)
 
 
 def heavy_tails(n: int, generator: torch.Generator) -> Tensor:
-    """Draw n weights from Student's t with four degrees of freedom; not scaled.
-
-    >>> heavy_tails(3, torch.Generator().manual_seed(0)).shape
-    torch.Size([3])
-    """
+    """Draw n weights from Student's t with four degrees of freedom; not scaled."""
     normal = torch.randn(n, generator=generator)
     return normal / torch.randn(4, n, generator=generator).square().mean(dim=0).sqrt()
 
 
-def _budgets(random: torch.Generator) -> list[Case]:
+def _budgets(random: torch.Generator) -> Inputs:
     """Limits that lie between the errors of two block sizes, far from both."""
-    n = 2**16
-    normal, heavy = torch.randn(n, generator=random), heavy_tails(n, random)
-    nf4 = get_levels("nf4")
-    return [
-        {"weights": normal, "levels": nf4, "limit": 0.0985},
-        {"weights": 0.02 * normal, "levels": nf4, "limit": 0.106},
-        {"weights": heavy, "levels": nf4, "limit": 0.15},
-        {"weights": normal, "levels": get_levels("int4"), "limit": 0.12},
-        {"weights": normal, "levels": nf4, "limit": 0.05},
-    ]
+    normal, heavy = torch.randn(2**16, generator=random), heavy_tails(2**16, random)
+    nf4, int4 = get_levels("nf4"), get_levels("int4")
+    scaled = 0.02 * normal
+    return [(normal, nf4, 0.0985), (scaled, nf4, 0.106), (heavy, nf4, 0.15), (normal, int4, 0.12),
+            (normal, nf4, 0.05)]  # fmt: skip
 
 
-ex_2_6 = Check(
+ex_2_6 = Exercise(
     "2.6 how large may the blocks be?",
-    reference=largest_blocksize,
-    cases=_budgets,
-    mistakes=(
-        Mistake(
-            "absolute",
-            _absolute,
-            "the limit is a share: divide the mean error by the mean magnitude of the weights",
+    largest_blocksize,
+    _budgets,
+    because={
+        "the limit is a share: divide the mean error by the mean magnitude of the weights": (
+            lambda *given: _largest_within(*given, share=False)
         ),
-        Mistake(
-            "squares",
-            _squared,
-            "that compares root mean squares; the limit is about mean absolute values",
+        "that compares root mean squares; the limit is about mean absolute values": (
+            lambda *given: _largest_within(*given, reduce=lambda x: x.square().mean().sqrt())
         ),
-        Mistake(
-            "the smallest",
-            lambda weights, levels, limit: min(
-                (s for s, e in _relative_errors(weights, levels).items() if e <= limit),
-                default=0,
-            ),
-            "that is the smallest block that keeps to the limit, the dearest one; find the largest",
+        "that is the smallest block that keeps to the limit, the dearest one; find the largest": (
+            lambda *given: BLOCKSIZES[0] if largest_blocksize(*given) else 0
         ),
-        Mistake(
-            "always an answer",
-            lambda weights, levels, limit: largest_blocksize(weights, levels, limit) or 32,
-            "no block size keeps to this limit: say so, with 0",
+        "no block size keeps to this limit: say so, with 0": Seen(
+            lambda *given: largest_blocksize(*given) or None,
+            lambda yours, expected, *given: expected == 0,
         ),
-        Mistake(
-            "always sixty-four",
-            lambda weights, levels, limit: 64,
-            "64 is only the default: it depends on the weights, the table and the limit; measure",
+        "64 is only the default: it depends on the weights, the table and the limit; measure": (
+            lambda *given: 64
         ),
-        Mistake(
-            "the worst weight",
-            _worst,
-            "that looks at the largest error of one weight; the limit is about the mean",
+        "that looks at the largest error of one weight; the limit is about the mean": (
+            lambda *given: _largest_within(*given, reduce=torch.max)
         ),
-    ),
+    },
 )
 
 
 @cache
-def _fresh_heavy() -> Tensor:
+def _fresh_heavy():
     """Half a million heavy-tailed weights that no reader has seen."""
     return heavy_tails(2**19, torch.Generator().manual_seed(565))
 
 
-def _mean_error(levels: Tensor, blocksize: int) -> float:
-    weights = _fresh_heavy()
-    return (read_back(weights, levels.float(), blocksize) - weights).abs().mean().item()
+def _against_nf4(levels, blocksize):
+    """Mean absolute error on fresh weights, as a change against NF4's in blocks of 128."""
+    entries = ((levels.float(), blocksize), (nf4_levels(), 128))
+    ours, nf4 = ((read_back(_fresh_heavy(), *e) - _fresh_heavy()).abs().mean() for e in entries)
+    return (ours / nf4 - 1).item()
 
 
 def heavy_format() -> tuple[Tensor, int]:
@@ -499,48 +341,34 @@ def heavy_format() -> tuple[Tensor, int]:
     return nf4_levels(4, 0.995), 128
 
 
-def _no_table(levels: Tensor, blocksize: int) -> bool:
-    return (
-        levels.dim() != 1
-        or not 2 <= len(levels) <= 16
-        or bool((levels.diff() <= 0).any())
-        or bool((levels.abs() > 1).any())
-        or blocksize not in BLOCKSIZES
-    )
+def _is_no_format(answer):
+    levels, blocksize = answer
+    ascend = levels.dim() == 1 and 2 <= len(levels) <= 16 and bool((levels.diff() > 0).all())
+    return not (ascend and bool((levels.abs() <= 1).all()) and blocksize in BLOCKSIZES)
 
 
-ex_2_7 = OpenCheck(
+ex_2_7 = Exercise(
     "2.7 a format for heavy tails",
-    reference=heavy_format,
-    mistakes=(
-        Mistake(
-            "seventeen levels",
-            lambda: (torch.linspace(-1, 1, 17), 128),
-            "return (levels, blocksize): 2 to 16 ascending numbers in [-1, 1], and one of the "
-            "block sizes 32 … 4096",
-            lambda case, answer, _: _no_table(*answer),
-        ),
-        Mistake(
-            "over the budget",
+    heavy_format,
+    open=True,
+    score=lambda found: f"{_against_nf4(*found):+.1%} mean absolute error against NF4",
+    because={
+        "return (levels, blocksize): 2 to 16 ascending numbers in [-1, 1], and one of the block "
+        "sizes 32 … 4096": Seen(lambda: (torch.linspace(-1, 1, 17), 128), _is_no_format),
+        "that costs more than 4.25 bits a weight: the code and 32 bits for each block": Seen(
             lambda: (nf4_levels(4, 0.995), 64),
-            "that costs more than 4.25 bits a weight: the code and 32 bits for each block",
-            lambda case, answer, _: (
-                bits_a_weight(math.ceil(math.log2(len(answer[0]))), answer[1], 32) > 4.25
-            ),
+            lambda found: bits_a_weight(math.ceil(math.log2(len(found[0]))), found[1], 32) > 4.25,
         ),
-        Mistake(
-            "no exact zero",
-            lambda: (torch.linspace(-1, 1, 16), 128),
-            "0 is not among the levels: beside an outlier most weights should come back as 0, and "
-            "these all come back as something else",
-            lambda case, answer, _: not (answer[0] == 0).any(),
+        "0 is not among the levels: beside an outlier most weights should come back as 0, and "
+        "these all come back as something else": Seen(
+            lambda: (torch.linspace(-1, 1, 16), 128), lambda found: not (found[0] == 0).any()
         ),
-        Mistake(
-            "not better",
+        "on fresh heavy-tailed weights its mean absolute error is not 8 % below that of NF4 in "
+        "blocks of 128": Seen(
             lambda: (nf4_levels(), 128),
-            "on fresh heavy-tailed weights its mean absolute error is not 8 % below that of NF4 in "
-            "blocks of 128",
-            lambda case, answer, _: _mean_error(*answer) > 0.92 * _mean_error(nf4_levels(), 128),
+            lambda found: _against_nf4(*found) > -0.08,
         ),
-    ),
+    },
 )
+
+EXERCISES = (ex_2_1, ex_2_2, ex_2_3, ex_2_4, ex_2_5, ex_2_6, ex_2_7)

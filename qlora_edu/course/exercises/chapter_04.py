@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, faults_left
 from qlora_edu.lora import energy_kept
 
 
@@ -18,47 +18,38 @@ def largest_rank(shapes: list[tuple[int, int]], budget: int) -> int:
     return budget // sum(out + into for out, into in shapes)
 
 
-def _budgets(random: torch.Generator) -> list[Case]:
-    """One layer, exactly used up; some layers of the base; a block of a LLaMA-7B."""
-    block = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    return [
-        {"shapes": [(128, 256)], "budget": 3840},
-        {"shapes": [(256, 256), (128, 256), (640, 256)], "budget": 40_000},
-        {"shapes": block, "budget": 5_000_000},
-    ]
+LLAMA_BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 
-
-ex_4_1 = Check(
+ex_4_1 = Exercise(
     "4.1 the largest rank",
-    reference=largest_rank,
-    cases=_budgets,
-    mistakes=(
-        Mistake(
-            "weights counted",
-            lambda shapes, budget: budget // sum(out * into for out, into in shapes),
-            "out · in numbers are what the layer holds; A and B are thin, r · in and out · r",
+    largest_rank,
+    # Quotients of 10, exactly; of 22.8, which a rounding to the nearest takes up; and of 64.04.
+    [
+        ([(128, 256)], 3840),
+        ([(256, 256), (128, 256), (640, 256)], 40_800),
+        (LLAMA_BLOCK, 5_000_000),
+    ],
+    because={
+        "out · in numbers are what the layer holds; A and B are thin, r · in and out · r": (
+            lambda shapes, budget: budget // sum(out * into for out, into in shapes)
         ),
-        Mistake(
-            "A alone",
-            lambda shapes, budget: budget // sum(into for out, into in shapes),
-            "that counts A; B, [out, r], is trained as well",
+        "that counts A; B, [out, r], is trained as well": (
+            lambda shapes, budget: budget // sum(into for out, into in shapes)
         ),
-        Mistake(
-            "rounded up",
+        "this rank is one too many: *at most* the budget, so round down": Seen(
             lambda shapes, budget: math.ceil(budget / sum(out + into for out, into in shapes)),
-            "this rank is one too many: *at most* the budget, so round down",
+            lambda rank, expected, shapes, budget: rank == expected + 1,
         ),
-        Mistake(
-            "the budget for each layer",
-            lambda shapes, budget: min(budget // (out + into) for out, into in shapes),
-            "the budget is for all layers together: add up out + in first, then divide",
+        "a rank is a whole number: round down": (
+            lambda shapes, budget: budget / sum(out + into for out, into in shapes)
         ),
-        Mistake(
-            "an average",
-            lambda shapes, budget: budget // (len(shapes) * (shapes[0][0] + shapes[0][1])),
-            "not every layer is as large as the first: add up each layer's own out + in",
+        "the budget is for all layers together: add up out + in first, then divide": (
+            lambda shapes, budget: min(budget // (out + into) for out, into in shapes)
         ),
-    ),
+        "not every layer is as large as the first: add up each layer's own out + in": (
+            lambda shapes, budget: budget // (len(shapes) * sum(shapes[0]))
+        ),
+    },
 )
 
 
@@ -68,57 +59,49 @@ def smallest_rank(singular_values: Tensor, share: float) -> int:
     >>> smallest_rank(torch.tensor([3.0, 1.0]), 0.85), smallest_rank(torch.tensor([3.0, 1.0]), 0.95)
     (1, 2)
     """
-    return int((energy_kept(singular_values) < share).sum()) + 1
+    return _first_with(energy_kept(singular_values), share)
 
 
-def _ceil_of_share(values: Tensor, share: float) -> int:
-    return int((values < share).sum()) + 1
+def _first_with(kept, share):
+    return int((kept < share).sum()) + 1
 
 
-def _spectra(random: torch.Generator) -> list[Case]:
-    """Singular values of a signal in noise, of noise alone, and ones that halve."""
+def _spectra(random: torch.Generator) -> Inputs:
+    """Singular values of a signal in noise, of noise alone, ones that halve, four equal ones.
+
+    Of four equal ones, two hold exactly one half.
+    """
     noise = torch.randn(48, 64, generator=random)
     signal = torch.randn(48, 4, generator=random) @ torch.randn(4, 64, generator=random)
-    halving = 0.5 ** torch.arange(12.0)
-    spectra = (torch.linalg.svdvals(signal + noise), torch.linalg.svdvals(noise), halving)
-    return [{"singular_values": s, "share": share} for s in spectra for share in (0.5, 0.9, 0.97)]
+    spectra = (torch.linalg.svdvals(signal + noise), torch.linalg.svdvals(noise))
+    spectra += (0.5 ** torch.arange(12.0), torch.ones(4))
+    return [(values, share) for values in spectra for share in (0.5, 0.9, 0.97)]
 
 
-ex_4_2 = Check(
+ex_4_2 = Exercise(
     "4.2 the smallest rank for a share",
-    reference=smallest_rank,
-    cases=_spectra,
-    mistakes=(
-        Mistake(
-            "not squared",
-            lambda singular_values, share: _ceil_of_share(
-                singular_values.cumsum(0) / singular_values.sum(), share
-            ),
-            "energy is the sum of *squares* of the singular values, as of the entries",
+    smallest_rank,
+    _spectra,
+    because={
+        "energy is the sum of *squares* of the singular values, as of the entries": (
+            lambda values, share: _first_with(values.cumsum(0) / values.sum(), share)
         ),
-        Mistake(
-            "an index",
-            lambda singular_values, share: smallest_rank(singular_values, share) - 1,
-            "one too few: an index counts from 0, a rank from 1",
+        "one too few: an index counts from 0, a rank from 1": (
+            lambda values, share: smallest_rank(values, share) - 1
         ),
-        Mistake(
-            "a share of length",
-            lambda singular_values, share: _ceil_of_share(
-                energy_kept(singular_values).sqrt(), share
-            ),
-            "you took the root at the end: that is a share of the length, not of the energy",
+        "*at least* the share: directions that hold exactly that much are enough": (
+            lambda values, share: int((energy_kept(values) <= share).sum()) + 1
         ),
-        Mistake(
-            "a share of the directions",
-            lambda singular_values, share: math.ceil(share * len(singular_values)),
-            "that would be right if all directions were equally strong; add up what they hold",
+        "you took the root at the end: that is a share of the length, not of the energy": (
+            lambda values, share: _first_with(energy_kept(values).sqrt(), share)
         ),
-        Mistake(
-            "what is left over",
-            lambda singular_values, share: _ceil_of_share(energy_kept(singular_values), 1 - share),
-            "you asked for 1 − share: what may be *lost*, not what must be kept",
+        "that would be right if all directions were equally strong; add up what they hold": (
+            lambda values, share: math.ceil(share * len(values))
         ),
-    ),
+        "you asked for 1 − share: what may be *lost*, not what must be kept": (
+            lambda values, share: _first_with(energy_kept(values), 1 - share)
+        ),
+    },
 )
 
 
@@ -134,70 +117,74 @@ def with_both(
     return W + alpha1 / len(A1) * B1 @ A1 + alpha2 / len(A2) * B2 @ A2
 
 
-def _two_adapters(random: torch.Generator) -> list[Case]:
-    """Square weights, so that a product the wrong way round has the right shape."""
-    cases = []
-    for n, r, alpha1, alpha2 in ((6, 2, 4.0, 8.0), (8, 4, 8.0, 2.0), (5, 3, 1.5, 6.0)):
-        W = torch.randn(n, n, generator=random)
-        A1, A2 = torch.randn(2, r, n, generator=random)
-        B1, B2 = torch.randn(2, n, r, generator=random)
-        names = ("W", "A1", "B1", "alpha1", "A2", "B2", "alpha2")
-        cases.append(dict(zip(names, (W, A1, B1, alpha1, A2, B2, alpha2), strict=True)))
-    return cases
+def _scaled_by(factors):
+    """Merge both changes with other factors, a function of (α₁, r₁, α₂, r₂)."""
+
+    def wrong(W, A1, B1, alpha1, A2, B2, alpha2):
+        first, second = factors(alpha1, len(A1), alpha2, len(A2))
+        return W + first * B1 @ A1 + second * B2 @ A2
+
+    return wrong
 
 
-ex_4_3 = Check(
+def _two_adapters(random: torch.Generator) -> Inputs:
+    """Square weights, so that a product the wrong way round has the right shape.
+
+    The first two adapters have one rank, so that their factors can be added; the others have not.
+    """
+    for n, r1, r2, *alphas in ((6, 2, 2, 4.0, 8.0), (8, 4, 1, 8.0, 2.0), (5, 2, 3, 1.5, 6.0)):
+        W, *strips = (
+            torch.randn(shape, generator=random)
+            for shape in ((n, n), (r1, n), (n, r1), (r2, n), (n, r2))
+        )
+        yield W, *strips[:2], alphas[0], *strips[2:], alphas[1]
+
+
+ex_4_3 = Exercise(
     "4.3 two adapters at once",
-    reference=with_both,
-    cases=_two_adapters,
+    with_both,
+    _two_adapters,
     # Entries below 100 in float32; the order of sums may differ.
     atol=1e-3,
-    mistakes=(
-        Mistake(
-            "matrices added",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: (
-                W + (alpha1 / len(A1) * B1 + alpha2 / len(A2) * B2) @ (A1 + A2)
-            ),
-            "(B₁ + B₂)(A₁ + A₂) has the products B₁A₂ and B₂A₁ in it, which nobody trained: add "
-            "the two ΔW, not their factors",
+    because={
+        "(B₁ + B₂)(A₁ + A₂) has the products B₁A₂ and B₂A₁ in it, which nobody trained: add the "
+        "two ΔW, not their factors": lambda W, A1, B1, alpha1, A2, B2, alpha2: (
+            W + (alpha1 / len(A1) * B1 + alpha2 / len(A2) * B2) @ (A1 + A2)
         ),
-        Mistake(
-            "α for α/r",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: W + alpha1 * B1 @ A1 + alpha2 * B2 @ A2,
-            "the factor is α/r; with α alone each change is r times too large",
+        "the factor is α/r; with α alone each change is r times too large": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1, alpha2))
         ),
-        Mistake(
-            "α/√r",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: (
-                W + alpha1 / len(A1) ** 0.5 * B1 @ A1 + alpha2 / len(A2) ** 0.5 * B2 @ A2
-            ),
-            "α/√r is rsLoRA; these adapters were trained with α/r",
+        "α/√r is rsLoRA; these adapters were trained with α/r": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1**0.5, alpha2 / r2**0.5))
         ),
-        Mistake(
-            "one scaling for both",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: W + alpha1 / len(A1) * (B1 @ A1 + B2 @ A2),
-            "each adapter brings its own α: the second was trained with alpha2",
+        "each adapter brings its own α: the second was trained with alpha2": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha1 / r2))
         ),
-        Mistake(
-            "the wrong way round",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: (
-                W + alpha1 / len(A1) * (B1 @ A1).T + alpha2 / len(A2) * (B2 @ A2).T
-            ),
-            "this is ΔW transposed, [in, out]: W is [out, in], so the product is B @ A",
+        "each adapter brings its own rank: that of the second is the number of rows of A2": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha2 / r1))
         ),
-        Mistake(
-            "the second in place of the first",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: W + alpha2 / len(A2) * B2 @ A2,
-            "that is a swap: the first adapter is gone; here both act",
+        "each adapter brings its own α and its own rank; the second has those of the first": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha1 / r1))
         ),
-        Mistake(
-            "averaged",
-            lambda W, A1, B1, alpha1, A2, B2, alpha2: (
-                W + (alpha1 / len(A1) * B1 @ A1 + alpha2 / len(A2) * B2 @ A2) / 2
-            ),
-            "that halves both changes; merging adds them",
+        "stacked or not, each α is divided by the rank that it was trained with, not by r₁ + r₂": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / (r1 + r2), alpha2 / (r1 + r2)))
         ),
-    ),
+        "this is ΔW transposed, [in, out]: W is [out, in], so the product is B @ A": (
+            lambda W, *adapters: W + with_both(0 * W, *adapters).T
+        ),
+        "that is a swap: the first adapter is gone; here both act": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (0, alpha2 / r2))
+        ),
+        "the second adapter is missing: here both act": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, 0))
+        ),
+        "that halves both changes; merging adds them": (
+            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1 / 2, alpha2 / r2 / 2))
+        ),
+        "those are the changes alone; they are to be added to W": (
+            lambda W, *adapters: with_both(0 * W, *adapters)
+        ),
+    },
 )
 
 
@@ -213,49 +200,30 @@ def gets_gradient(A_is_zero: bool, B_is_zero: bool, step: int) -> tuple[bool, bo
     return B, A
 
 
-def _starts(random: torch.Generator) -> list[Case]:
-    return [
-        {"A_is_zero": a, "B_is_zero": b, "step": step}
+ex_4_4 = Exercise(
+    "4.4 which of them learns?",
+    gets_gradient,
+    [
+        (a, b, step)
         for a, b in ((False, True), (True, False), (True, True), (False, False))
         for step in (1, 2)
-    ]
-
-
-ex_4_4 = Check(
-    "4.4 which of them learns?",
-    reference=gets_gradient,
-    cases=_starts,
-    mistakes=(
-        Mistake(
-            "zero learns nothing",
-            lambda A_is_zero, B_is_zero, step: (not A_is_zero, not B_is_zero),
-            "the gradient of A is Bᵀ · (…), that of B is (…) · (A x)ᵀ: each hangs on the *other* "
-            "being different from zero",
+    ],
+    because={
+        "the gradient of A is Bᵀ · (…), that of B is (…) · (A x)ᵀ: each hangs on the *other* being "
+        "different from zero": lambda a, b, step: (not a, not b),
+        "after the first step the one that got a gradient has moved away from zero": (
+            lambda a, b, step: (not b, not a)
         ),
-        Mistake(
-            "the first step for ever",
-            lambda A_is_zero, B_is_zero, step: (not B_is_zero, not A_is_zero),
-            "after the first step the one that got a gradient has moved away from zero",
+        "in the first step one factor is zero, and a product with it has no gradient in the "
+        "other": lambda a, b, step: (True, True),
+        "if both are zero neither moves in the first step, so the second is like the first": (
+            lambda a, b, step: (True, True) if step > 1 else (not b, not a)
         ),
-        Mistake(
-            "always both",
-            lambda A_is_zero, B_is_zero, step: (True, True),
-            "in the first step one factor is zero, and a product with it has no gradient in the "
-            "other",
-        ),
-        Mistake(
-            "both zeros wake up",
-            lambda A_is_zero, B_is_zero, step: (
-                (True, True) if step > 1 else (not B_is_zero, not A_is_zero)
-            ),
-            "if both are zero neither moves in the first step, so the second is like the first",
-        ),
-        Mistake(
-            "B and A exchanged",
-            lambda A_is_zero, B_is_zero, step: gets_gradient(A_is_zero, B_is_zero, step)[::-1],
-            "return A first: with B = 0 and A random it is B that learns first",
-        ),
-    ),
+        "with B = 0 and A random it is B that learns first: each gradient has the *other* factor "
+        "in it. (And A is returned first.)": lambda a, b, step: gets_gradient(a, b, step)[::-1],
+        "two faults are left: in step 1 each hangs on the *other* being different from zero, and "
+        "two zeros never wake up": lambda a, b, step: (True, True) if step > 1 else (not a, not b),
+    },
 )
 
 
@@ -271,18 +239,9 @@ def repaired_forward(
     return x @ W.T + bias + lora_alpha / len(A) * ((x * keep) @ A.T @ B.T)
 
 
-def _broken(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    B: Tensor,
-    lora_alpha: float,
-    keep: Tensor,
-    dropped_base: bool = False,
-    scaled_base: bool = False,
-    undivided: bool = False,
-) -> Tensor:
+def _forward(
+    x, W, bias, A, B, lora_alpha, keep, dropped_base=False, scaled_base=False, undivided=False
+):
     """The version of the notebook, each fault by itself."""
     scaling = lora_alpha if undivided else lora_alpha / len(A)
     result = (x * keep if dropped_base else x) @ W.T + bias
@@ -290,58 +249,46 @@ def _broken(
     return (result + change) * scaling if scaled_base else result + scaling * change
 
 
-def _layers(random: torch.Generator) -> list[Case]:
+def _layers(random: torch.Generator) -> Inputs:
     """Layers that are not square, with half of the inputs dropped."""
-    cases = []
     for tokens, into, out, r, lora_alpha in ((3, 6, 4, 2, 8.0), (5, 4, 7, 3, 1.5)):
-        shapes = {"x": (tokens, into), "W": (out, into), "bias": (out,), "A": (r, into)}
-        case = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-        case["B"] = torch.randn(out, r, generator=random)
-        kept = torch.rand(tokens, into, generator=random) < 0.5
-        cases.append(case | {"lora_alpha": lora_alpha, "keep": 2.0 * kept})
-    return cases
+        shapes = ((tokens, into), (out, into), (out,), (r, into), (out, r))
+        layer = (torch.randn(shape, generator=random) for shape in shapes)
+        keep = 2.0 * (torch.rand(tokens, into, generator=random) < 0.5)
+        yield *layer, lora_alpha, keep
 
 
-ex_4_5 = Check(
+ex_4_5 = Exercise(
     "4.5 repair the layer",
-    reference=repaired_forward,
-    cases=_layers,
+    repaired_forward,
+    _layers,
     # Entries below 100 in float32; the order of sums may differ.
     atol=1e-3,
-    mistakes=(
-        Mistake(
-            "as it was",
-            lambda **case: _broken(**case, dropped_base=True, scaled_base=True, undivided=True),
-            "this is the broken version: take `keep`, the place of α, and the missing r in turn",
+    because={
+        **faults_left(
+            _forward,
+            dropped_base="the frozen W sees the input with holes: dropout belongs on the adapter's "
+            "input alone",
+            scaled_base="W x and the bias are multiplied too: α/r belongs to the adapter alone",
+            undivided="the factor is α/r, and r is the number of rows of A",
         ),
-        Mistake(
-            "dropout on the base",
-            lambda **case: _broken(**case, dropped_base=True),
-            "the frozen W sees the input with holes: dropout belongs on the adapter's input alone",
+        "r is the number of *rows* of A; its columns are the layer's inputs": (
+            lambda x, W, bias, A, B, lora_alpha, keep: repaired_forward(
+                x, W, bias, A, B, lora_alpha * len(A) / A.shape[1], keep
+            )
         ),
-        Mistake(
-            "the base is scaled",
-            lambda **case: _broken(**case, scaled_base=True),
-            "W x and the bias are multiplied too: α/r belongs to the adapter alone",
+        "the bias is gone: it belongs to the frozen layer": (
+            lambda x, W, bias, *rest: repaired_forward(x, W, 0 * bias, *rest)
         ),
-        Mistake(
-            "not divided by r",
-            lambda **case: _broken(**case, undivided=True),
-            "the factor is α/r, and r is the number of rows of A",
+        "`keep` is not used: in training the adapter's input has holes": (
+            lambda *layer: repaired_forward(*layer[:-1], torch.ones_like(layer[-1]))
         ),
-        Mistake(
-            "no dropout",
-            lambda x, keep, **case: repaired_forward(x, keep=torch.ones_like(keep), **case),
-            "`keep` is not used: in training the adapter's input has holes",
-        ),
-        Mistake(
-            "dropout on the output",
+        "`keep` has the shape of the input, one factor for each number that goes into A": (
             lambda x, W, bias, A, B, lora_alpha, keep: (
                 x @ W.T + bias + lora_alpha / len(A) * (x @ A.T @ B.T) * keep[:, :1]
-            ),
-            "`keep` has the shape of the input, one factor for each number that goes into A",
+            )
         ),
-    ),
+    },
 )
 
 BUDGET = 100_000
@@ -363,60 +310,48 @@ def my_adapter() -> tuple[str, int, float]:
     return "all-linear", 5, 10.0
 
 
-def _targets(answer: tuple) -> set[str]:
-    target_modules = answer[0]
-    if target_modules == "all-linear":
-        return set(SHAPES)
-    return {target_modules} if isinstance(target_modules, str) else set(target_modules)
+def _adapted(answer):
+    modules = [answer[0]] if isinstance(answer[0], str) else answer[0]
+    names = {name.strip().lower() for name in modules}
+    return set(SHAPES) if names == {"all-linear"} else names
 
 
-def _trained(answer: tuple) -> int:
-    return BLOCKS * answer[1] * sum(sum(SHAPES[name]) for name in _targets(answer))
+def _trained(answer):
+    return BLOCKS * answer[1] * sum(sum(SHAPES[name]) for name in _adapted(answer))
 
 
-ex_4_6 = OpenCheck(
+def _is_no_adapter(answer):
+    names, r = _adapted(answer), answer[1]
+    whole = type(r) is int and r >= 1
+    return len(answer) != 3 or not names or not names <= set(SHAPES) or not whole
+
+
+ex_4_6 = Exercise(
     "4.6 spend 100,000 numbers",
-    reference=my_adapter,
-    mistakes=(
-        Mistake(
-            "no such layer",
-            lambda: (["attention"], 16, 32.0),
-            "return (targets, r, alpha): targets is 'all-linear' or names such as 'q_proj', and r "
-            "a whole number",
-            lambda case, answer, _: (
-                len(answer) != 3
-                or not _targets(answer)
-                or not _targets(answer) <= set(SHAPES)
-                or type(answer[1]) is not int
-                or answer[1] < 1
-            ),
-        ),
-        Mistake(
-            "over the budget",
-            lambda: ("all-linear", 8, 16.0),
-            "over 100,000 trained numbers: add r · (in + out) over the chosen layers of all four "
-            "blocks",
-            lambda case, answer, _: _trained(answer) > BUDGET,
-        ),
-        Mistake(
-            "query and value only",
-            lambda: (["q_proj", "v_proj"], 16, 32.0),
-            "no feed-forward layer is adapted: in the stored runs 57,344 numbers on q and v gave "
-            "0.37, 71,680 spread over all layers 0.72",
-            lambda case, answer, _: not _targets(answer) & FEED_FORWARD,
-        ),
-        Mistake(
-            "half of it unused",
-            lambda: ("all-linear", 2, 4.0),
-            "less than half of the budget is used: the stored runs with 17,920 and 35,840 numbers "
-            "reached a third of the rows",
-            lambda case, answer, _: 2 * _trained(answer) < BUDGET,
-        ),
-        Mistake(
-            "far too loud or too soft",
-            lambda: ("all-linear", 5, 128.0),
-            "α/r was 2 where it worked; at 1/8 the run was slow, at 16 it broke down",
-            lambda case, answer, _: not 0.5 <= answer[2] / answer[1] <= 8,
-        ),
+    my_adapter,
+    open=True,
+    score=lambda answer: (
+        f"{_trained(answer):,} numbers in {BLOCKS * len(_adapted(answer))} layers; α/r = "
+        f"{answer[2] / answer[1]:.3g}"
     ),
+    because={
+        "return (target_modules, r, lora_alpha): target_modules is 'all-linear' or names such as "
+        "'q_proj', and r a whole number": Seen(lambda: (["attention"], 16, 32.0), _is_no_adapter),
+        "over 100,000 trained numbers: add r · (in + out) over the chosen layers of all four "
+        "blocks": Seen(lambda: ("all-linear", 8, 16.0), lambda answer: _trained(answer) > BUDGET),
+        "no feed-forward layer is adapted: in the stored runs 57,344 numbers on q and v alone gave "
+        "0.37, 71,680 spread over all layers 0.72": Seen(
+            lambda: (["q_proj", "v_proj"], 16, 32.0),
+            lambda answer: not _adapted(answer) & FEED_FORWARD,
+        ),
+        "less than half of the budget is used: the stored runs with 17,920 and 35,840 numbers "
+        "reached a third of the rows": Seen(
+            lambda: ("all-linear", 2, 4.0), lambda answer: 2 * _trained(answer) < BUDGET
+        ),
+        "α/r was 2 where it worked; at 1/8 the run was slow, at 16 it broke down": Seen(
+            lambda: ("all-linear", 5, 128.0), lambda answer: not 0.5 <= answer[2] / answer[1] <= 8
+        ),
+    },
 )
+
+EXERCISES = (ex_4_1, ex_4_2, ex_4_3, ex_4_4, ex_4_5, ex_4_6)

@@ -1,12 +1,13 @@
 """The exercises of notebook 5: count, differentiate, predict, repair, choose, and survive."""
 
-from typing import Any
+from collections.abc import Mapping
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from qlora_edu.codebooks import nf4_levels
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, faults_left, same
 from qlora_edu.qlora import merge_weight, surviving_share
 from qlora_edu.quantized import QuantizedTensor, quantize
 
@@ -20,54 +21,51 @@ def kept_bytes(tokens: int, n_in: int, n_out: int, r: int, copy: bool) -> int:
     return 4 * (tokens * (n_in + r) + (n_in * n_out if copy else 0))
 
 
-ex_5_1 = Check(
+ex_5_1 = Exercise(
     "5.1 bytes kept for the backward pass",
-    reference=kept_bytes,
-    cases=lambda random: [
-        {"tokens": tokens, "n_in": n_in, "n_out": n_out, "r": r, "copy": copy}
-        for tokens, n_in, n_out, r in ((512, 1024, 1024, 16), (7, 256, 640, 8))
+    kept_bytes,
+    [
+        (*sizes, copy)
+        for sizes in ((512, 1024, 1024, 16), (7, 256, 640, 8))
         for copy in (False, True)
     ],
-    mistakes=(
-        Mistake(
-            "elements",
-            lambda tokens, n_in, n_out, r, copy: kept_bytes(tokens, n_in, n_out, r, copy) // 4,
-            "those are elements; a float32 has four bytes",
-        ),
-        Mistake(
-            "the output too",
+    because={
+        "those are elements; a float32 has four bytes": lambda *layer: kept_bytes(*layer) // 4,
+        "those are MiB: bytes are asked for": lambda *layer: kept_bytes(*layer) / 2**20,
+        "y appears in none of the three gradients: a product needs its inputs, not its output": (
             lambda tokens, n_in, n_out, r, copy: (
                 kept_bytes(tokens, n_in, n_out, r, copy) + 4 * tokens * n_out
-            ),
-            "y appears in none of the three gradients: a product needs its inputs, not its output",
+            )
         ),
-        Mistake(
-            "A·x forgotten",
-            lambda tokens, n_in, n_out, r, copy: kept_bytes(tokens, n_in, n_out, 0, copy),
-            "∂L/∂B = s·gᵀ·(x·Aᵀ): the r numbers of A·x for each token are kept as well",
+        "∂L/∂B = s·gᵀ·(x·Aᵀ): the r numbers of A·x for each token are kept as well": (
+            lambda tokens, n_in, n_out, r, copy: kept_bytes(tokens, n_in, n_out, 0, copy)
         ),
-        Mistake(
-            "the packed weight counted",
+        "the gradient of A needs x: the layer keeps it, whoever made it": (
             lambda tokens, n_in, n_out, r, copy: (
-                kept_bytes(tokens, n_in, n_out, r, copy) + (0 if copy else n_in * n_out // 2)
-            ),
-            "the packed weight was in memory before and stays there: it is referred to, not copied",
+                kept_bytes(tokens, n_in, n_out, r, copy) - 4 * tokens * n_in
+            )
         ),
-        Mistake(
-            "the adapter counted",
+        "the packed weight was in memory before and stays there: it is referred to, not copied": (
+            Seen(
+                lambda tokens, n_in, n_out, r, copy: (
+                    kept_bytes(tokens, n_in, n_out, r, copy) + (0 if copy else n_in * n_out // 2)
+                ),
+                lambda yours, expected, tokens, n_in, n_out, r, copy: (
+                    yours - expected == n_in * n_out // 2
+                ),
+            )
+        ),
+        "A and B are needed in the backward pass, but they are parameters and there anyway": (
             lambda tokens, n_in, n_out, r, copy: (
                 kept_bytes(tokens, n_in, n_out, r, copy) + 4 * r * (n_in + n_out)
-            ),
-            "A and B are needed in the backward pass, but they are parameters and there anyway",
+            )
         ),
-        Mistake(
-            "x twice",
+        "x is kept once, for A; the frozen W asks for no x, since it gets no gradient": (
             lambda tokens, n_in, n_out, r, copy: (
                 kept_bytes(tokens, n_in, n_out, r, copy) + 4 * tokens * n_in
-            ),
-            "x is kept once, for A; the frozen W asks for no x, since it gets no gradient",
+            )
         ),
-    ),
+    },
 )
 
 
@@ -84,94 +82,78 @@ def layer_gradients(
     return {"A": thin.T @ x, "B": s * g.T @ (x @ A.T), "x": g @ W + thin @ A}
 
 
-def _layers(random: torch.Generator) -> list[Case]:
+def _layers(random: torch.Generator) -> Inputs:
     """Square weights, so that a transposed one is a mistake and no error; one token and several."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random)
-
-    return [
-        {
-            "g": normal(tokens, 6),
-            "x": normal(tokens, 6),
-            "W": normal(6, 6),
-            "A": normal(2, 6),
-            "B": normal(6, 2),
-            "s": s,
-        }
-        for tokens, s in ((3, 2.0), (1, 0.25))
-    ]
+    for tokens, s in ((3, 2.0), (1, 0.25)):
+        shapes = ((tokens, 4), (tokens, 4), (4, 4), (2, 4), (4, 2))
+        yield *(torch.randn(shape, generator=random) for shape in shapes), s
 
 
-def _differs_in(*names: str) -> Any:
-    """Whether exactly these gradients are off."""
+def _gradients_with(**changed):
+    """Make the right answer with some gradients replaced, each by a function of the arguments."""
 
-    def recognise(case: Case, yours: Any, expected: Any) -> bool:
-        off = {k for k in expected if not torch.allclose(yours[k], expected[k], atol=1e-4)}
-        return off == set(names)
+    def wrong(*layer):
+        return layer_gradients(*layer) | {name: make(*layer) for name, make in changed.items()}
 
-    return recognise
+    return wrong
 
 
-ex_5_2 = Check(
+def _has_s_to_the(power):
+    """Whether s is in some of the gradients to this power, and the others are right."""
+
+    def sign(yours, expected, *layer):
+        other = layer_gradients(*layer[:-1], layer[-1] ** power)
+        return all(
+            same(yours[name], expected[name], 1e-4) or same(yours[name], other[name], 1e-4)
+            for name in expected
+        )
+
+    return sign
+
+
+ex_5_2 = Exercise(
     "5.2 the three gradients",
-    reference=layer_gradients,
-    cases=_layers,
+    layer_gradients,
+    _layers,
     # Sums of six products in another order.
     atol=1e-4,
-    mistakes=(
-        Mistake(
-            "s forgotten",
-            lambda g, x, W, A, B, s: layer_gradients(g, x, W, A, B, 1.0),
-            "the update is s·B·A·x: s is a factor of all that passes through the adapter",
+    because={
+        "each gradient has the shape of its tensor": Seen(
+            _gradients_with(B=lambda g, x, W, A, B, s: s * (x @ A.T).T @ g),
+            lambda yours, expected, *layer: any(
+                yours[name].shape != expected[name].shape for name in expected
+            ),
         ),
-        Mistake(
-            "W transposed",
-            lambda g, x, W, A, B, s: {
-                **layer_gradients(g, x, W, A, B, s),
-                "x": g @ W.T + s * (g @ B) @ A,
-            },
-            "forward is x·Wᵀ, so backward is g·W: each pass turns the weight the other way",
+        "the update is s·B·A·x: s is a factor of all that passes through the adapter": Seen(
+            lambda *layer: layer_gradients(*layer[:-1], 1.0), _has_s_to_the(0)
         ),
-        Mistake(
-            "the adapter's road forgotten",
-            lambda g, x, W, A, B, s: {**layer_gradients(g, x, W, A, B, s), "x": g @ W},
-            "x reaches y by two roads, through W and through A and B; their gradients add up",
+        "only x is off, and only its adapter part: s enters that path once": (
+            _gradients_with(x=lambda g, x, W, A, B, s: g @ W + s * s * (g @ B) @ A)
         ),
-        Mistake(
-            "W's road forgotten",
-            lambda g, x, W, A, B, s: {**layer_gradients(g, x, W, A, B, s), "x": s * (g @ B) @ A},
-            "W is frozen, not absent: it gets no gradient, but the gradient of x passes through it",
+        "s is twice in one gradient or in several: it enters each once": Seen(
+            lambda *layer: layer_gradients(*layer[:-1], layer[-1] ** 2), _has_s_to_the(2)
         ),
-        Mistake(
-            "the mean over tokens",
-            lambda g, x, W, A, B, s: {
-                **layer_gradients(g, x, W, A, B, s),
-                "A": s * (g @ B).T @ x / len(x),
-                "B": s * g.T @ (x @ A.T) / len(x),
-            },
-            "the tokens' contributions are added; a mean, if any, was taken in the loss and is in "
-            "g already",
+        "forward is x·Wᵀ, so backward is g·W: each pass turns the weight the other way": (
+            _gradients_with(x=lambda g, x, W, A, B, s: g @ W.T + s * (g @ B) @ A)
         ),
-        Mistake(
-            "s twice in x",
-            lambda g, x, W, A, B, s: {
-                **layer_gradients(g, x, W, A, B, s),
-                "x": g @ W + s * s * (g @ B) @ A,
-            },
-            "only x is off, and only its adapter part: s enters that road once",
+        "x reaches y by two paths, through W and through A and B; their gradients add up": (
+            _gradients_with(x=lambda g, x, W, A, B, s: g @ W)
         ),
-        Mistake(
-            "A and B exchanged",
-            lambda g, x, W, A, B, s: {
-                **layer_gradients(g, x, W, A, B, s),
-                "A": (s * g.T @ (x @ A.T)).T,
-                "B": (s * (g @ B).T @ x).T,
-            },
-            "A's gradient needs what lies before A (x) and behind it (g·B); B's needs g and A·x",
-            _differs_in("A", "B"),
+        "W is frozen, not absent: it gets no gradient, but the gradient of x passes through it": (
+            _gradients_with(x=lambda g, x, W, A, B, s: s * (g @ B) @ A)
         ),
-    ),
+        "the tokens' contributions are added; a mean, if any, was taken in the loss and is in g "
+        "already": _gradients_with(
+            A=lambda g, x, W, A, B, s: s * (g @ B).T @ x / len(x),
+            B=lambda g, x, W, A, B, s: s * g.T @ (x @ A.T) / len(x),
+        ),
+        "A's gradient needs what lies before A (x) and behind it (g·B); B's needs g and A·x": (
+            _gradients_with(
+                A=lambda g, x, W, A, B, s: (s * g.T @ (x @ A.T)).T,
+                B=lambda g, x, W, A, B, s: (s * (g @ B).T @ x).T,
+            )
+        ),
+    },
 )
 
 
@@ -185,70 +167,49 @@ def who_learns(b_is_zero: bool, detached: bool, reentrant: bool) -> dict[str, bo
     return {"A1": reached and not b_is_zero, "B1": reached, "A2": not b_is_zero, "B2": True}
 
 
-def _who_learns(
-    b_is_zero: bool,
-    detached: bool,
-    reentrant: bool,
-    a_at_once: bool = False,
-    frozen_blocks: bool = False,
-    cut_both: bool = False,
-    b_stuck: bool = False,
-) -> dict[str, bool]:
-    """The answer with one misconception."""
-    cut = detached or reentrant
-    first = not (cut or frozen_blocks)
-    second = not (cut and cut_both)
-    a = a_at_once or not b_is_zero
-    b = not (b_stuck and b_is_zero)
-    return {"A1": first and a, "B1": first and b, "A2": second and a, "B2": second and b}
+def _learns(rule):
+    """Make an answer of a rule for (A1, B1, A2, B2), asked of (nothing is cut, B is not 0)."""
+
+    def wrong(b_is_zero, detached, reentrant):
+        truths = rule(not (detached or reentrant), not b_is_zero)
+        return dict(zip(("A1", "B1", "A2", "B2"), truths, strict=True))
+
+    return wrong
 
 
-ex_5_3 = Check(
+ex_5_3 = Exercise(
     "5.3 who learns?",
-    reference=who_learns,
-    cases=lambda random: [
-        {"b_is_zero": b_is_zero, "detached": detached, "reentrant": reentrant}
-        for b_is_zero, detached, reentrant in (
-            (False, False, False),
-            (True, False, False),
-            (False, True, False),
-            (False, False, True),
-            (True, True, False),
-        )
-    ],
-    mistakes=(
-        Mistake(
-            "a frozen weight stops the gradient",
-            lambda **case: _who_learns(**case, frozen_blocks=True),
-            "W₂ gets no gradient itself, but ∂L/∂x = g·W₂ passes through it to the first layer",
+    who_learns,
+    list(product((False, True), repeat=3)),
+    because={
+        "W₂ gets no gradient itself, but ∂L/∂x = g·W₂ passes through it to the first layer": (
+            _learns(lambda uncut, b: (False, False, b, True))
         ),
-        Mistake(
-            "A learns at once",
-            lambda **case: _who_learns(**case, a_at_once=True),
-            "∂L/∂A = s·(g·B)ᵀ·x: while B is zero, A's gradient is zero too",
+        "∂L/∂A = s·(g·B)ᵀ·x: while B is zero, A's gradient is zero too": (
+            _learns(lambda uncut, b: (uncut, uncut, True, True))
         ),
-        Mistake(
-            "B stays at zero",
-            lambda **case: _who_learns(**case, b_stuck=True),
-            "∂L/∂B = s·gᵀ·(x·Aᵀ) has no B in it: a zero B gets a gradient, and so gets going",
+        "∂L/∂B = s·gᵀ·(x·Aᵀ) has no B in it: a zero B gets a gradient, and so gets going": (
+            _learns(lambda uncut, b: (uncut and b, uncut and b, b, b))
         ),
-        Mistake(
-            "the checkpoint changes nothing",
-            lambda b_is_zero, detached, reentrant: who_learns(b_is_zero, detached, False),
-            "the reentrant checkpoint looks at its inputs: if none needs a gradient, neither does "
-            "its output, whatever parameters are inside",
+        "while B is zero it is A that waits, and B that learns": (
+            _learns(lambda uncut, b: (uncut, uncut and b, True, b))
         ),
-        Mistake(
-            "detach changes nothing",
-            lambda b_is_zero, detached, reentrant: who_learns(b_is_zero, False, reentrant),
-            "detach() cuts the road: nothing before it hears of the loss",
+        "with B₂ = 0 nothing comes back through the adapter of layer 2, but g·W₂ does: layer 1 is "
+        "reached": _learns(lambda uncut, b: (uncut and b, uncut and b, b, True)),
+        "the reentrant checkpoint looks at its inputs: if none needs a gradient, neither does its "
+        "output, whatever parameters are inside": (
+            lambda b_is_zero, detached, reentrant: who_learns(b_is_zero, detached, False)
         ),
-        Mistake(
-            "a cut stops both layers",
-            lambda **case: _who_learns(**case, cut_both=True),
-            "the gradient comes from the loss: layer 2 lies before the cut on its way, and learns",
+        "detach() cuts the path: nothing before it hears of the loss": (
+            lambda b_is_zero, detached, reentrant: who_learns(b_is_zero, False, reentrant)
         ),
-    ),
+        "the gradient comes from the loss: layer 2 lies before the cut on its way, and learns": (
+            _learns(lambda uncut, b: (uncut and b, uncut, uncut and b, uncut))
+        ),
+        "the gradient comes from the loss, and meets layer 2 first: a cut stops layer 1": (
+            _learns(lambda uncut, b: (b, True, uncut and b, uncut))
+        ),
+    },
 )
 
 
@@ -262,53 +223,45 @@ def repaired_backward(g: Tensor, quantized: QuantizedTensor) -> Tensor:
     return g @ quantized.dequantize(g.dtype)
 
 
-def _quantized_cases(random: torch.Generator) -> list[Case]:
+def _backward(g, quantized, flat=False, turned=False, rounded=False, in_bfloat16=False):
+    """The version of the notebook, each fault by itself."""
+    W = quantized.dequantize() if rounded or in_bfloat16 else quantized.dequantize(g.dtype)
+    W = W.T if turned else W
+    x = (g.to(W.dtype) @ W).to(g.dtype) if in_bfloat16 else g @ W.to(g.dtype)
+    return x.flatten(0, -2) if flat else x
+
+
+def _quantized_cases(random: torch.Generator) -> Inputs:
     """Square weights that were bfloat16 before quantisation, and gradients with leading sizes."""
-    return [
-        {
-            "g": torch.randn(*leading, 64, generator=random),
-            "quantized": quantize(torch.randn(64, 64, generator=random).bfloat16()),
-        }
-        for leading in ((2, 3), (5,))
-    ]
+    for leading in ((2, 3), (5,)):
+        g = torch.randn(*leading, 64, generator=random)
+        yield g, quantize(torch.randn(64, 64, generator=random).bfloat16())
 
 
-ex_5_4 = Check(
+ex_5_4 = Exercise(
     "5.4 repair the backward pass",
-    reference=repaired_backward,
-    cases=_quantized_cases,
+    repaired_backward,
+    _quantized_cases,
     # Sums of 64 float32 products of size 1 in another order: 1e-5. A bfloat16 rounding: 1e-2.
     atol=1e-4,
-    mistakes=(
-        Mistake(
-            "leading sizes lost",
-            lambda g, quantized: repaired_backward(g, quantized).flatten(0, -2),
-            "g may be [batch, tokens, out]; the gradient of x must have the shape of x",
-            lambda case, yours, expected: yours.dim() < expected.dim(),
+    exact_dtype=True,
+    because={
+        **faults_left(
+            _backward,
+            flat="g may be [batch, tokens, out]; the gradient of x must have the shape of x",
+            turned="forward is x·Wᵀ, so backward is g·W; on a square weight nothing but the "
+            "numbers tells",
+            in_bfloat16="the whole product was taken in bfloat16; g is float32, and so is the "
+            "compute type",
         ),
-        Mistake(
-            "transposed",
-            lambda g, quantized: g @ quantized.dequantize(g.dtype).T,
-            "forward is x·Wᵀ, so backward is g·W; on a square weight nothing but the numbers tells",
+        "dequantize() returns the dtype from before quantisation, here bfloat16: ask for g's, or "
+        "the two passes use two different weights": (
+            lambda g, quantized: _backward(g, quantized, rounded=True)
         ),
-        Mistake(
-            "the weight rounded",
-            lambda g, quantized: g @ quantized.dequantize().to(g.dtype),
-            "dequantize() returns the dtype from before quantisation, here bfloat16: ask for g's, "
-            "or the two passes use two different weights",
+        "two faults are left: the weight is turned the wrong way, and it is rounded to bfloat16": (
+            lambda g, quantized: _backward(g, quantized, rounded=True, turned=True)
         ),
-        Mistake(
-            "computed in bfloat16",
-            lambda g, quantized: (g.bfloat16() @ quantized.dequantize()).float(),
-            "the whole product was taken in bfloat16; g is float32, and so is the compute type",
-        ),
-        Mistake(
-            "rounded and transposed",
-            lambda g, quantized: g @ quantized.dequantize().to(g.dtype).T,
-            "two faults are left: the weight is turned the wrong way, and it is rounded to "
-            "bfloat16",
-        ),
-    ),
+    },
 )
 
 
@@ -320,58 +273,53 @@ def choose_merges() -> dict[str, str]:
     return {"a": "apart", "b": "dequantized", "c": "4-bit", "d": "apart"}
 
 
-def _chose(situation: str, *ways: str) -> Any:
-    return lambda case, yours, expected: yours[situation] in ways
+class Spelt(Exercise):
+    """An exercise whose words may be spelt as the chapter's prose spells them: dequantised."""
+
+    def _ask(self, answer, case):
+        ways = super()._ask(answer, case)
+        if not isinstance(ways, Mapping):
+            return ways
+        return {key: str(way).casefold().replace("ise", "ize") for key, way in ways.items()}
 
 
-ex_5_5 = Check(
+def _chose(situations, *ways, **wrong):
+    """An answer with `wrong` in it shows by one of these ways in one of these situations."""
+    return Seen(
+        lambda: choose_merges() | wrong,
+        lambda yours: any(yours[situation] in ways for situation in situations),
+    )
+
+
+ex_5_5 = Spelt(
     "5.5 choose a merge",
-    reference=choose_merges,
-    mistakes=(
-        Mistake(
-            "a small update into 4 bits",
-            lambda: choose_merges() | {"a": "4-bit"},
-            "a: at 3 % nearly every weight falls back to its old code, and the update is lost",
-            _chose("a", "4-bit"),
+    choose_merges,
+    because={
+        f"one of these is no choice; the four are {', '.join(map(repr, WAYS))}": Seen(
+            lambda: choose_merges() | {"b": "merge"},
+            lambda yours: not set(yours.values()) <= {*WAYS},
         ),
-        Mistake(
-            "16 bits where 4 are served",
-            lambda: choose_merges() | {"a": "dequantized"},
-            "a: the server holds the base in 4 bits; a 16-bit weight does not fit its memory",
-            _chose("a", "dequantized", "original"),
+        "a: at 3 % nearly every weight falls back to its old code, and the update is lost": (
+            _chose("a", "4-bit", a="4-bit")
         ),
-        Mistake(
-            "the original base",
-            lambda: choose_merges() | {"b": "original"},
-            "b: the adapter was trained and measured beside the dequantised weight; the original "
-            "brings back 9 % of difference that it has never seen",
-            _chose("b", "original"),
+        "a: the server holds the base in 4 bits; a 16-bit weight does not fit its memory": (
+            _chose("a", "dequantized", "original", a="dequantized")
         ),
-        Mistake(
-            "4 bits though 16 are allowed",
-            lambda: choose_merges() | {"b": "4-bit"},
-            "b: 16 bits are allowed, so there is no need to round the sum to sixteen levels",
-            _chose("b", "4-bit"),
+        "b: the adapter was trained and measured beside the dequantised weight; the original "
+        "brings back 9 % of difference that it has never seen": (
+            _chose("b", "original", b="original")
         ),
-        Mistake(
-            "apart where one file is asked for",
-            lambda: choose_merges() | {"c": "apart"},
-            "b and c ask for one file without an adapter beside it",
-            lambda case, yours, expected: "apart" in (yours["b"], yours["c"]),
+        "b: 16 bits are allowed, so there is no need to round the sum to sixteen levels": (
+            _chose("b", "4-bit", b="4-bit")
         ),
-        Mistake(
-            "16 bits on a device that reads 4",
-            lambda: choose_merges() | {"c": "original"},
-            "c: the device reads NF4 only; and an update of 40 % survives the rounding",
-            _chose("c", "dequantized", "original"),
+        "b and c ask for one file without an adapter beside it": _chose("bc", "apart", c="apart"),
+        "c: the device reads NF4 only; and an update of 40 % survives the rounding": (
+            _chose("c", "dequantized", "original", c="original")
         ),
-        Mistake(
-            "twenty merged models",
-            lambda: choose_merges() | {"d": "dequantized"},
-            "d: twenty merged models are twenty bases; twenty adapters beside one base are small",
-            lambda case, yours, expected: yours["d"] != "apart",
+        "d: twenty merged models are twenty bases; twenty adapters beside one base are small": (
+            _chose("d", *WAYS[1:], d="dequantized")
         ),
-    ),
+    },
 )
 
 
@@ -408,38 +356,33 @@ def surviving_update() -> Tensor:
     return update
 
 
-def _normal_update(size: float) -> Tensor:
+def _normal_update(size):
     return size * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
 
 
-ex_5_6 = OpenCheck(
+ex_5_6 = Exercise(
     "5.6 a small update that survives",
-    reference=surviving_update,
-    mistakes=(
-        Mistake(
-            "another shape",
-            lambda: _normal_update(0.01)[:32],
-            "not a tensor of shape [64, 64]",
-            lambda case, update, _: tuple(update.shape) != (64, 64),
-        ),
-        Mistake(
-            "too large",
-            lambda: _normal_update(0.5),
-            f"its root mean square is more than {LIMIT:.0%} of the weight's",
-            lambda case, update, _: not update_size(update) <= LIMIT,
-        ),
-        Mistake(
-            "no update",
-            lambda: torch.zeros(64, 64),
-            "an update of zero survives anything; it has to change the weight",
-            lambda case, update, _: not update.any(),
-        ),
-        Mistake(
-            "spread over all weights",
-            lambda: _normal_update(0.9 * LIMIT),
-            "most of it is lost: every weight moves by less than half a step. The limit is on the "
-            "root mean square, and not on how it is spread",
-            lambda case, update, _: not share_in_4_bits(update) > 0.5,
-        ),
+    surviving_update,
+    open=True,
+    score=lambda update: (
+        f"{share_in_4_bits(update.detach()):.1%} survives of an update of {update_size(update):.2%}"
     ),
+    because={
+        "not a tensor of shape [64, 64]": Seen(
+            lambda: _normal_update(0.01)[:32], lambda update: tuple(update.shape) != (64, 64)
+        ),
+        f"its root mean square is more than {LIMIT:.0%} of the weight's": Seen(
+            lambda: _normal_update(0.5), lambda update: not update_size(update) <= LIMIT
+        ),
+        "an update of zero survives anything; it has to change the weight": Seen(
+            lambda: torch.zeros(64, 64), lambda update: not update.any()
+        ),
+        "most of it is lost when each sum goes to its nearest level. The limit is on the root mean "
+        "square, and not on how it is spread": Seen(
+            lambda: _normal_update(0.9 * LIMIT),
+            lambda update: not share_in_4_bits(update.detach()) > 0.5,
+        ),
+    },
 )
+
+EXERCISES = (ex_5_1, ex_5_2, ex_5_3, ex_5_4, ex_5_5, ex_5_6)
