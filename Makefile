@@ -85,10 +85,11 @@ experiments: $(READY)  ## chapter 8's study: interrupt it, run it again, it goes
 	$(OFFLINE) $(PY) benchmarks/three_ways.py $(ARGS)
 
 gpu-report: $(READY)  ## measure on this machine's GPU (ARGS=--dry-run: try it on a CPU)
-	$(OFFLINE) $(PY) benchmarks/gpu_report.py $(ARGS)
+	$(OFFLINE) $(PY) -m benchmarks.gpu $(ARGS)
 
-claims: $(READY)  ## recompute the claims ledger, here and in the README
-	$(OFFLINE) $(PY) -m qlora_edu.course.claims
+claims: $(READY)  ## recompute the claims ledger, and the tables of README and docs
+	$(OFFLINE) $(PY) -m benchmarks.claims
+	$(PY) -m benchmarks.pages
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs
 	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)

@@ -1,6 +1,5 @@
 """Chapter 1: the derived tables equal the published ones, and numbers go to their nearest level."""
 
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch

@@ -1,0 +1,1 @@
+"""What is measured: scripts that time, compare and check, and store what they found."""
