@@ -1,4 +1,4 @@
-"""The tasks of the report: each in a process of its own, so that what crashes takes nothing else."""
+"""The tasks of the report, each in a process of its own: what crashes takes nothing else along."""
 
 import json
 import multiprocessing
