@@ -252,7 +252,7 @@ def _apply_template(
     # The template writes control tokens as text. So those that somebody has typed are marked first,
     # and spelt out afterwards: once the text is written nobody could tell them apart.
     said = "".join(message["content"] for message in messages)
-    typed = sorted((t for t in _special_tokens(tokenizer) if t in said), key=len, reverse=True)
+    typed = [token for token in _special_tokens(tokenizer) if token in said]
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
     pattern = re.compile("|".join(map(re.escape, typed)) or "(?!)")  # nothing typed, no match
     marked = [

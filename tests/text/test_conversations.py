@@ -255,6 +255,17 @@ def test_a_special_token_that_somebody_types_is_text(tokenizer, template, role):
         assert labels == [tokenizer.eos_token_id]
 
 
+def test_a_longer_special_token_is_not_taken_for_a_shorter_one(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end", "<|end|>>"]})
+    for typed in ("a<|end|>>b", "a<|end|>b", "a<|endb", "\ue0000\ue000<|end|>\ue001"):
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": typed}])
+        assert f"<|user|>{typed}<|end|>" in tokenizer.decode(ids)
+        special = [i for i in ids if i in special_tokens(tokenizer).values()]
+        assert tokenizer.convert_ids_to_tokens(special) == [
+            *("<|begin|>", "<|user|>", "<|end|>", "<|assistant|>")
+        ]
+
+
 def test_ids_are_those_of_the_tokenizers_own_template(tokenizer):
     for template in (tokenizer.chat_template, GUANACO_TEMPLATE, CHATML):
         tokenizer.chat_template = template
