@@ -23,7 +23,13 @@ from qlora_edu.adapters import adapter_tensors, lora_layers, replace_module
 from qlora_edu.finetuning import finetune
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base, locate
-from qlora_edu.qlora import MERGE_TARGETS, merge_weight, replace_linear_layers, surviving_share
+from qlora_edu.qlora import (
+    MERGE_TARGETS,
+    FusedQLoRALinear,
+    merge_weight,
+    replace_linear_layers,
+    surviving_share,
+)
 from qlora_edu.text.conversations import read_conversations
 from qlora_edu.training import exact_match, generate_answers
 
@@ -55,7 +61,7 @@ def exact(model: nn.Module, tokenizer, rows: list) -> float:
 def measure(name: str, tensors: dict, fraction: float, base, tokenizer, rows: list) -> dict:
     """One adapter at a fraction of its size: unmerged, and merged in the three ways."""
     model = copy.deepcopy(base)
-    replace_linear_layers(model, CONFIG.r, CONFIG.lora_alpha)
+    replace_linear_layers(model, CONFIG.r, CONFIG.lora_alpha, layer_class=FusedQLoRALinear)
     own = adapter_tensors(model)
     for key, tensor in own.items():
         tensor.copy_(tensors[key] * (fraction if "lora_B" in key else 1.0))

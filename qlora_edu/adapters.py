@@ -10,6 +10,7 @@ everything: names and shapes must fit, NaN is refused, and so is a `B` that is z
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ def find_linear_layers(
             if type(named[name]) is not nn.Linear:
                 raise LoRAError(f"{name} cannot be adapted: {_why_not(named[name])}")
         return found
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
     found = [
         name
         for name, module in named.items()
@@ -166,7 +168,8 @@ def add_lora(
         raise LoRAError(f"bias must be one of {BIASES}, not {bias!r}")
     refuse_adapters(model)
     names = find_linear_layers(model, target_modules)
-    layers = [LoRALinear(model.get_submodule(n), r, lora_alpha, lora_dropout, init) for n in names]
+    linear: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    layers = [LoRALinear(linear[n], r, lora_alpha, lora_dropout, init) for n in names]
     model.requires_grad_(False)
     for name, layer in zip(names, layers, strict=True):
         replace_module(model, name, layer)

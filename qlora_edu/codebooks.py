@@ -63,7 +63,10 @@ def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
 def normal_quantile(probability: Tensor) -> Tensor:
     """Invert the normal distribution function in float64 and round to float32.
 
-    Equals `scipy.stats.norm.ppf`, without needing scipy.
+    Args:
+        probability: floating, in [0, 1], any shape.
+
+    Source: equals `scipy.stats.norm.ppf`, without needing scipy.
 
     >>> normal_quantile(torch.tensor([0.5, 0.975]))
     tensor([0.0000, 1.9600])
@@ -77,6 +80,9 @@ def equation_4_levels(bits: int = 4) -> Tensor:
     `q_i = (Q(i / (2**bits + 1)) + Q((i + 1) / (2**bits + 1))) / 2`, for every i that keeps both
     arguments in [0, 1], where Q is the normal quantile function. The ends are infinite, and the
     values are symmetric, so they cannot be NF4's.
+
+    Args:
+        bits: width of a code.
 
     Returns:
         Ascending values, float32, shape `[2**bits + 1]`, not normalised.
@@ -333,6 +339,10 @@ def assign(x: Tensor, levels: Tensor) -> Tensor:
 def level_usage(codes: Tensor, n_levels: int = 16) -> Tensor:
     """Measure the share of the codes that falls on each level.
 
+    Args:
+        codes: integers below `n_levels`, any shape, at least one.
+        n_levels: how many levels there are.
+
     Returns:
         Shares that sum to 1, float64, shape `[n_levels]`.
 
@@ -346,6 +356,9 @@ def level_usage(codes: Tensor, n_levels: int = 16) -> Tensor:
 def entropy_bits(usage: Tensor) -> float:
     """Compute the entropy of the shares, in bits: the information that one code carries.
 
+    Args:
+        usage: shares that sum to 1, any shape.
+
     >>> entropy_bits(torch.tensor([0.25, 0.25, 0.5]))
     1.5
     """
@@ -355,7 +368,7 @@ def entropy_bits(usage: Tensor) -> float:
 def affine_int4(weights: Tensor, blocksize: int) -> Tensor:
     """Round each block to 16 even steps from its smallest to its largest weight, and read back.
 
-    The rival of one constant a block: two constants, the smallest weight and the step, kept in 16
+    The rival of one constant per block: two constants, the smallest weight and the step, kept in 16
     bits each, so that a block costs the same 32 bits. The range fits a block that is not symmetric.
     A block whose weights are all equal has a step of 0 and comes back as NaN.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_edu.blockwise import split_blocks
 
 NESTED_BLOCKSIZE = 256
-_GRID_STEPS = 65535
+GRID_STEPS = 65535
 
 
 class QuantizedAbsmax(NamedTuple):
@@ -47,10 +47,9 @@ def dynamic_map() -> Tensor:
     >>> dynamic_map()[[0, 127, 255]]
     tensor([-0.9930,  0.0000,  1.0000])
     """
-    factory_kwargs = {"dtype": torch.float32, "device": "cpu"}
-    levels = [torch.tensor([0.0, 1.0], **factory_kwargs)]
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, **factory_kwargs)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         centres = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += [centres, -centres]
     return torch.cat(levels).sort().values
@@ -64,6 +63,9 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
 
     Args:
         absmax: float32, shape `[blocks]`, finite and not negative.
+
+    Returns:
+        The codes and what it takes to read them.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
     came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.
@@ -79,31 +81,44 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
     blocks = split_blocks(centred, NESTED_BLOCKSIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / nested_absmax).unsqueeze(1)
-    codes = _assign_8bit(scaled).view(-1)[: centred.numel()]
+    codes = assign_8bit(scaled).view(-1)[: centred.numel()]
     return QuantizedAbsmax(codes, nested_absmax, offset, dynamic_map().to(absmax.device))
 
 
-def _assign_8bit(scaled: Tensor) -> Tensor:
+def assign_8bit(scaled: Tensor) -> Tensor:
     """Find the nearest level of `dynamic_map` as bitsandbytes does on a CPU: through a table.
 
     It first rounds to a grid of 65,536 points on [-1, 1] and looks the code of that point up, so
     near a midpoint the code may be a neighbour's, and 0 itself falls beside the grid. A block whose
     differences are all 0 divides 0 by 0, and gets code 0 times a constant of 0.
+
+    Args:
+        scaled: in [-1, 1], any shape; NaN for 0 / 0.
+
+    Returns:
+        uint8, the shape of `scaled`.
+
+    >>> assign_8bit(torch.tensor([-1.0, 1.0, torch.nan])).tolist()
+    [0, 255, 0]
     """
-    points = (scaled.clamp(-1, 1).nan_to_num(nan=-1.0) + 1) * 0.5 * _GRID_STEPS + 0.5
-    return _codes_of_grid().to(scaled.device)[points.int()]
+    points = (scaled.clamp(-1, 1).nan_to_num(nan=-1.0) + 1) * 0.5 * GRID_STEPS + 0.5
+    return codes_of_grid().to(scaled.device)[points.int()]
 
 
 @cache
-def _codes_of_grid() -> Tensor:
+def codes_of_grid() -> Tensor:
+    """Find the code of every point of the grid: uint8, shape `[65536]`, on the CPU."""
     levels = dynamic_map()
-    grid = -1.0 + 2.0 * torch.arange(_GRID_STEPS + 1, dtype=torch.float32) / _GRID_STEPS
+    grid = -1.0 + 2.0 * torch.arange(GRID_STEPS + 1, dtype=torch.float32) / GRID_STEPS
     midpoints = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(grid, midpoints, out_int32=True).to(torch.uint8)
 
 
 def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     """Read block constants back: the level of each code, times its constant, plus the offset.
+
+    Args:
+        quantized: what `quantize_absmax` has returned.
 
     Returns:
         float32, shape `[blocks]`.

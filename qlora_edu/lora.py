@@ -10,7 +10,6 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), 
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class LoRALayer(nn.Module):
         super().__init__()
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
-        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
             raise LoRAError(
                 f"lora_alpha must be positive and finite, not {lora_alpha!r}; r itself scales by 1"
             )
@@ -196,6 +195,8 @@ class LoRALinear(LoRALayer):
     ['lora_A', 'lora_B']
     """
 
+    unmerged_weight: Tensor | None
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -266,7 +267,7 @@ class LoRALinear(LoRALayer):
         Raises:
             LoRAError: the layer is not merged.
         """
-        if not self.merged:
+        if self.unmerged_weight is None:
             raise LoRAError("the adapter is not merged; call merge() first")
         self.base.weight.data = self.unmerged_weight
         self.unmerged_weight = None

@@ -129,6 +129,9 @@ class QLoRALinear(LoRALayer):
     torch.Size([2, 5, 64])
     """
 
+    weight: QuantizedTensor
+    packed: Tensor
+
     def __init__(
         self,
         linear: nn.Linear | QuantizedTensor,
@@ -322,8 +325,9 @@ def replace_linear_layers(
     names = find_linear_layers(model, target_modules, skip)
     model.requires_grad_(False)
     for name in names:
+        linear: Any = model.get_submodule(name)
         layer = layer_class(
-            model.get_submodule(name),
+            linear,
             r,
             lora_alpha,
             lora_dropout,

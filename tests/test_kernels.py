@@ -133,6 +133,19 @@ def test_chunks_meet_without_a_seam():
     )
 
 
+def test_a_short_last_block_is_divided_here_too():
+    """Pairs for which dividing and multiplying by the reciprocal round to different codes."""
+    levels = get_levels("nf4")
+    absmax = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) + 0.5
+    midpoint = (levels[8] + levels[9]) / 2
+    x = torch.nextafter(absmax * midpoint, torch.tensor(9.0))
+    differs = (x / absmax > midpoint) & ~(x * (1 / absmax) > midpoint)
+    assert differs.sum() > 10
+    for pair in torch.stack([absmax, x], dim=1)[differs]:
+        packed, _ = kernels.quantize_blockwise(pair, levels, 32)
+        assert torch.equal(packed, bw.quantize_blockwise(pair, levels, 32)[0])
+
+
 def test_memory_layout_and_gradient_do_not_matter():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     levels = get_levels("nf4")

@@ -36,7 +36,7 @@ class InspectedWeight(NamedTuple):
     """The entry of the codebook at that code."""
     dequantized: float
     """level × absmax, in the dtype of the tensor."""
-    offset: int | None = None
+    file_position: int | None = None
     """Where in the file the byte is, counted from its start; None if it is in memory."""
 
     def error(self, weight: float) -> float:
@@ -45,7 +45,7 @@ class InspectedWeight(NamedTuple):
 
     def __str__(self) -> str:
         """Write the way from the place to the value, a line for each step."""
-        place = "" if self.offset is None else f", byte {self.offset} of the file"
+        place = "" if self.file_position is None else f", byte {self.file_position} of the file"
         first, second = f"{self.value >> 4:04b}", f"{self.value & 15:04b}"
         bits = f"[{first}] {second}" if self.half == "high" else f"{first} [{second}]"
         return (
@@ -132,20 +132,20 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
                 f"{name!r} of {path} is not a 4-bit weight with plain float32 constants"
                 + (": it is double-quantised, see chapter 3" if keys else "")
             )
-        facts = json.loads(read(keys[0]))
-        position = _flat_position(index, facts["shape"])
+        metadata = json.loads(read(keys[0]))
+        position = _flat_position(index, metadata["shape"])
         value = read(name, position // 2, 1)[0]
-        constant = read(f"{name}.absmax", 4 * (position // facts["blocksize"]), 4)
+        constant = read(f"{name}.absmax", 4 * (position // metadata["blocksize"]), 4)
         table = read(f"{name}.quant_map")
     found = _inspected(
         position,
-        facts["blocksize"],
+        metadata["blocksize"],
         value,
         torch.frombuffer(bytearray(constant), dtype=torch.float32)[0],
         torch.frombuffer(bytearray(table), dtype=torch.float32),
-        getattr(torch, facts["dtype"]),
+        getattr(torch, metadata["dtype"]),
     )
-    return found._replace(offset=8 + size + header[name]["data_offsets"][0] + found.byte)
+    return found._replace(file_position=8 + size + header[name]["data_offsets"][0] + found.byte)
 
 
 def _flat_position(index: int | Sequence[int], shape: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ def test_every_weight_is_found_where_reading_the_whole_tensor_finds_it(name, sha
     whole = dequantize_blockwise(packed, absmax, levels, 32, shape, dtype)
     for position, index in enumerate(every_index(shape)):
         found = inspect_weight(packed, absmax, levels, 32, shape, index, dtype)
-        assert found.position == position and found.offset is None
+        assert found.position == position and found.file_position is None
         assert found.dequantized == whole[tuple(index)].item()
         byte = packed.flatten()[position // 2].item()
         assert (found.byte, found.value) == (position // 2, byte)
@@ -115,10 +115,10 @@ def test_the_file_of_bitsandbytes_is_read_byte_by_byte(linear4bit):
     for index in ((0, 0), (0, 1), (0, 64), (1, 0), (47, 77), (95, 127)):
         found = inspect_file(path, "up.weight", index)
         here = inspect_weight(packed, absmax, get_levels("nf4"), 64, (96, 128), index)
-        assert found._replace(offset=None) == here
-        assert content[found.offset] == found.value
+        assert found._replace(file_position=None) == here
+        assert content[found.file_position] == found.value
         assert found.dequantized == whole[index].item()
-        assert f"byte {found.offset} of the file" in str(found)
+        assert f"byte {found.file_position} of the file" in str(found)
 
 
 def test_a_nibble_changed_on_disk_changes_one_weight(linear4bit, tmp_path):
@@ -126,7 +126,7 @@ def test_a_nibble_changed_on_disk_changes_one_weight(linear4bit, tmp_path):
     copy = tmp_path / "changed.safetensors"
     content = bytearray(path.read_bytes())
     found = inspect_file(path, "up.weight", (10, 20))
-    content[found.offset] = (15 - found.code << 4) | (found.value & 15)
+    content[found.file_position] = (15 - found.code << 4) | (found.value & 15)
     copy.write_bytes(content)
 
     def whole(file):
@@ -144,7 +144,7 @@ def test_a_nibble_changed_on_disk_changes_one_weight(linear4bit, tmp_path):
     assert changed == [[10, 20]]
     assert inspect_file(copy, "up.weight", (10, 20)).code == 15 - found.code
     neighbour = inspect_file(copy, "up.weight", (10, 21))
-    assert neighbour.offset == found.offset
+    assert neighbour.file_position == found.file_position
     assert neighbour.code == inspect_file(path, "up.weight", (10, 21)).code
 
 
