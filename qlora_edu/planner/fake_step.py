@@ -126,7 +126,7 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     return add_adapters(model, settings, adapted, fake=fake)
 
 
-def causal_model(config: Any, dtype: str) -> nn.Module:
+def causal_model(config: Any, dtype: str) -> Any:
     """The model of a configuration; `PlanError` if it does not predict the next token."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -169,7 +169,7 @@ def quantize_layers(
         raise PlanError(f"method 'qlora' does not fit this model: {error}") from error
     layer_of = {"qlora_edu": _our_layer, "bitsandbytes": _their_layer}[settings.backend]
     for name in names:
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         weight = (linear.weight if make_weight is None else make_weight(name, linear)).detach()
         replace_module(model, name, layer_of(linear, weight, settings, lora_alpha, fake))
     return adapted
@@ -189,7 +189,10 @@ def _their_layer(
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    kept = {"quant_type": settings.quant_type, "compress_statistics": settings.double_quant}
+    kept: dict[str, Any] = {
+        "quant_type": settings.quant_type,
+        "compress_statistics": settings.double_quant,
+    }
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     with unset_fake_temporarily():
         layer = Linear4bit(*shape, getattr(torch, settings.dtype), **kept, device="meta")
@@ -211,13 +214,14 @@ def pretend_to_quantize(
     """Make the tensors of `quantize(weight, ...)`, each of its shape and dtype, and fill none."""
     blocks = -(-weight.numel() // blocksize)
     absmax = weight.new_empty(blocks, dtype=torch.float32)
+    constants: Tensor | QuantizedAbsmax = absmax
     if double_quant:
         codes = absmax.new_empty(blocks, dtype=torch.uint8)
         nested = absmax.new_empty(-(-blocks // NESTED_BLOCKSIZE))
-        absmax = QuantizedAbsmax(codes, nested, nested.new_empty(()), nested.new_empty(256))
+        constants = QuantizedAbsmax(codes, nested, nested.new_empty(()), nested.new_empty(256))
     packed = weight.new_empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
     table = weight.new_empty(16, dtype=torch.float32)
-    return QuantizedTensor(packed, absmax, table, levels, blocksize, weight.shape, weight.dtype)
+    return QuantizedTensor(packed, constants, table, levels, blocksize, weight.shape, weight.dtype)
 
 
 def add_adapters(
@@ -236,7 +240,7 @@ def add_adapters(
     Raises:
         PlanError: no layer fits the method.
     """
-    lora = {"target_modules": settings.target_modules, "lora_dropout": settings.lora_dropout}
+    lora: Any = {"target_modules": settings.target_modules, "lora_dropout": settings.lora_dropout}
     try:
         if settings.method == "houlsby":
             add_houlsby(model, settings.bottleneck)
@@ -361,7 +365,7 @@ def _trace_cached(
             runs = []
             for length in (lengths[0], *lengths):  # the first run fills caches
                 ids = torch.zeros(batch, length, dtype=torch.long)
-                runs.append(trace_run(model, ids, lambda *args: training_loss(*args, settings)))
+                runs.append(trace_run(model, ids, lambda m, x: training_loss(m, x, settings)))
             del runs[0]
             parts = find_blocks(model)
             in_block = weigh(model, parts[-1], but=parts[0])

@@ -138,7 +138,7 @@ def build_random(
     return add_adapters(built, settings, adapted, lora_alpha=lora_alpha)
 
 
-def _skeleton(model: Any, dtype: str) -> nn.Module:
+def _skeleton(model: Any, dtype: str) -> Any:
     """The model without its weights: they are on the device `meta`, buffers are real."""
     from accelerate import init_empty_weights
 
