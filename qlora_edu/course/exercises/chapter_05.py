@@ -168,7 +168,7 @@ def who_learns(b_is_zero: bool, detached: bool, reentrant: bool) -> dict[str, bo
 
 
 def _learns(rule):
-    """Make an answer of a rule for (A1, B1, A2, B2), given whether nothing is cut and B is not 0."""
+    """Make an answer of a rule for (A1, B1, A2, B2), asked of (nothing is cut, B is not 0)."""
 
     def wrong(b_is_zero, detached, reentrant):
         truths = rule(not (detached or reentrant), not b_is_zero)
@@ -249,8 +249,8 @@ ex_5_4 = Exercise(
         **faults_left(
             _backward,
             flat="g may be [batch, tokens, out]; the gradient of x must have the shape of x",
-            turned="forward is x·Wᵀ, so backward is g·W; on a square weight nothing but the numbers "
-            "tells",
+            turned="forward is x·Wᵀ, so backward is g·W; on a square weight nothing but the "
+            "numbers tells",
             in_bfloat16="the whole product was taken in bfloat16; g is float32, and so is the "
             "compute type",
         ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen
 from qlora_edu.memory import GIB, RESERVE, plan_memory
 
 
@@ -22,64 +22,47 @@ def held_bytes(
     return frozen * frozen_bits / 8 + trained * (2 * trained_bytes + 2 * state_bytes)
 
 
-ex_6_1 = Check(
+def _beside_the_frozen(of_one):
+    """Count the frozen weights rightly, and a trained number's bytes by (trained, state) bytes."""
+
+    def wrong(frozen, frozen_bits, trained, trained_bytes, state_bytes):
+        return frozen * frozen_bits / 8 + trained * of_one(trained_bytes, state_bytes)
+
+    return wrong
+
+
+ex_6_1 = Exercise(
     "6.1 bytes that do not depend on the tokens",
-    reference=held_bytes,
-    cases=lambda random: [
-        {
-            "frozen": frozen,
-            "frozen_bits": bits,
-            "trained": trained,
-            "trained_bytes": width,
-            "state_bytes": state,
-        }
-        for frozen, bits, trained, width, state in (
-            (1_000_000, 4.5, 3000, 4, 4),
-            (1_000_000, 16, 3000, 2, 4),
-            (0, 16, 5000, 2, 1),
-        )
-    ],
-    mistakes=(
-        Mistake(
-            "gradients forgotten",
-            lambda frozen, frozen_bits, trained, trained_bytes, state_bytes: (
-                frozen * frozen_bits / 8 + trained * (trained_bytes + 2 * state_bytes)
-            ),
-            "each trained number has a gradient too, of its own dtype",
+    held_bytes,
+    [(1_000_000, 4.5, 3000, 4, 4), (1_000_000, 16, 3000, 2, 4), (0, 16, 5000, 2, 1)],
+    because={
+        "each trained number is there as a weight and as a gradient, both of trained_bytes; one of "
+        "the two is missing": _beside_the_frozen(lambda own, state: own + 2 * state),
+        "AdamW keeps two states for each trained number: the running means of the gradient and of "
+        "its square": _beside_the_frozen(lambda own, state: 2 * own + state),
+        "the states have a width of their own, state_bytes; 32-bit states beside 16-bit parameters "
+        "are common": _beside_the_frozen(lambda own, state: 4 * own),
+        "a copy in 32 bits would be one more number for each trained one; nothing was said of it": (
+            _beside_the_frozen(lambda own, state: 2 * own + 2 * state + 4)
         ),
-        Mistake(
-            "one state",
-            lambda frozen, frozen_bits, trained, trained_bytes, state_bytes: (
-                frozen * frozen_bits / 8 + trained * (2 * trained_bytes + state_bytes)
-            ),
-            "AdamW keeps two states for each trained number: the running means of the gradient "
-            "and of its square",
+        "frozen_bits are bits: eight of them are a byte": (
+            lambda frozen, bits, *trained: held_bytes(frozen, 8 * bits, *trained)
         ),
-        Mistake(
-            "bits taken for bytes",
-            lambda frozen, frozen_bits, trained, trained_bytes, state_bytes: (
-                frozen * frozen_bits + trained * (2 * trained_bytes + 2 * state_bytes)
-            ),
-            "frozen_bits are bits: eight of them are a byte",
+        "only frozen_bits are bits; trained_bytes and state_bytes are bytes already": (
+            lambda frozen, bits, trained, *widths: (
+                held_bytes(frozen, bits, 0, *widths) + held_bytes(0, bits, trained, *widths) / 8
+            )
         ),
-        Mistake(
-            "gradients and states of the frozen",
-            lambda frozen, frozen_bits, trained, trained_bytes, state_bytes: (
-                frozen * frozen_bits / 8
-                + trained * trained_bytes
-                + (frozen + trained) * (trained_bytes + 2 * state_bytes)
+        "what is frozen has no gradient and no optimizer state: that is what freezing saves": Seen(
+            lambda frozen, bits, trained, own, state: (
+                held_bytes(frozen, bits, trained, own, state) + frozen * (own + 2 * state)
             ),
-            "what is frozen has no gradient and no optimizer state: that is what freezing saves",
-        ),
-        Mistake(
-            "states as wide as the parameter",
-            lambda frozen, frozen_bits, trained, trained_bytes, state_bytes: (
-                frozen * frozen_bits / 8 + trained * 4 * trained_bytes
+            lambda yours, expected, frozen, bits, trained, own, state: (
+                yours - expected
+                in {frozen * n for n in (own, 2 * state, own + 2 * state, bits / 8)}
             ),
-            "the states have a width of their own, state_bytes; 32-bit states beside 16-bit "
-            "parameters are common",
         ),
-    ),
+    },
 )
 
 
@@ -92,62 +75,51 @@ def bytes_kept(blocks: int, every: int, block: int, boundary: int) -> int:
     return blocks // every * boundary + every * block
 
 
-ex_6_2 = Check(
+ex_6_2 = Exercise(
     "6.2 bytes kept with checkpoints",
-    reference=bytes_kept,
-    cases=lambda random: [
-        {"blocks": blocks, "every": every, "block": block, "boundary": boundary}
-        for blocks, every, block, boundary in (
-            (32, 1, 186_504, 8192),
-            (32, 8, 186_504, 8192),
-            (12, 3, 1000, 700),
-        )
-    ],
-    mistakes=(
-        Mistake(
-            "only the boundaries",
-            lambda blocks, every, block, boundary: blocks // every * boundary,
-            "while a segment is computed again, all that its blocks keep is there too",
+    bytes_kept,
+    [(32, 1, 186_504, 8192), (32, 8, 186_504, 8192), (12, 3, 1000, 700)],
+    because={
+        "while a segment is computed again, all that its blocks keep is there too": (
+            lambda blocks, every, block, boundary: blocks // every * boundary
         ),
-        Mistake(
-            "one block, whatever the segment",
-            lambda blocks, every, block, boundary: blocks // every * boundary + block,
-            "a segment is computed again as a whole: `every` blocks keep their activations at once",
+        "a segment is computed again as a whole: `every` blocks keep their activations at once": (
+            lambda blocks, every, block, boundary: blocks // every * boundary + block
         ),
-        Mistake(
-            "a boundary for each block",
-            lambda blocks, every, block, boundary: blocks * boundary + every * block,
-            "inside a segment nothing is kept on the way forward: one input for each segment",
+        "inside a segment nothing is kept on the way forward: one input for each segment": (
+            lambda blocks, every, block, boundary: blocks * boundary + every * block
         ),
-        Mistake(
-            "all blocks",
-            lambda blocks, every, block, boundary: blocks // every * boundary + blocks * block,
-            "that is worse than no checkpointing: a segment's activations go before the next "
-            "segment is computed again",
+        "that is worse than no checkpointing: a segment's activations go before the next segment "
+        "is computed again": (
+            lambda blocks, every, block, boundary: blocks // every * boundary + blocks * block
         ),
-        Mistake(
-            "the largest of the two",
-            lambda blocks, every, block, boundary: max(blocks // every * boundary, every * block),
-            "boundaries and the segment in hand are there at the same time: add them",
+        "boundaries and the segment in hand are there at the same time: add them": (
+            lambda blocks, every, block, boundary: max(blocks // every * boundary, every * block)
         ),
-        Mistake(
-            "a block shared among the segments",
+        "`every` blocks make a segment, and blocks // every is the number of segments: the other "
+        "way round": (lambda blocks, every, block, boundary: blocks // every * (boundary + block)),
+        "the two counts have changed places: blocks // every inputs are kept, and `every` blocks "
+        "are recorded": (
+            lambda blocks, every, block, boundary: every * boundary + blocks // every * block
+        ),
+        "the first segment's input is kept like all others, and that of the segment in hand stays "
+        "beside what its blocks keep: blocks // every inputs": (
             lambda blocks, every, block, boundary: (
-                blocks // every * boundary + blocks // every * block
-            ),
-            "`every` blocks make a segment, and blocks // every is the number of segments: the "
-            "other way round",
+                bytes_kept(blocks, every, block, boundary) - boundary
+            )
         ),
-    ),
+    },
 )
 
 SITUATIONS: dict[str, dict[str, Any]] = {
-    "a": {"model": "llama-7b", "method": "full", "batch": 2, "length": 256},
-    "b": {"model": "llama-3-8b", "method": "qlora", "batch": 4, "length": 512},
-    "c": {"model": "llama-7b", "method": "qlora", "batch": 2, "length": 64},
+    "a": {"model": "llama-7b", "method": "full", "batch_size": 2, "max_length": 256},
+    "b": {"model": "llama-3-8b", "method": "qlora", "batch_size": 2, "max_length": 512},
+    "c": {"model": "llama-7b", "method": "qlora", "batch_size": 2, "max_length": 64},
     "d": {"model": "llama-2-70b", "method": "lora", "r": 8, "batch_size": 2, "max_length": 2048},
 }
 """The four steps of exercise 6.3."""
+
+MOMENTS = ("forward", "logits and loss", "backward", "optimizer step")
 
 
 def peak_moments() -> dict[str, str]:
@@ -156,73 +128,53 @@ def peak_moments() -> dict[str, str]:
     >>> peak_moments()["a"]
     'optimizer step'
     """
-    return {
-        "a": "optimizer step",
-        "b": "logits and loss",
-        "c": "optimizer step",
-        "d": "backward",
-    }
+    return {"a": "optimizer step", "b": "logits and loss", "c": "optimizer step", "d": "backward"}
 
 
-def _said(situation: str, *moments: str) -> Callable[[Case, Any, Any], bool]:
-    return lambda case, yours, expected: dict(yours)[situation] in moments
+def _said(situation, *moments):
+    """An answer that shows by one of these moments in a situation; the first is the usual one."""
+    return Seen(
+        lambda: peak_moments() | {situation: moments[0]},
+        lambda yours: yours[situation] in moments,
+    )
 
 
-ex_6_3 = Check(
+ex_6_3 = Exercise(
     "6.3 the moment of the peak",
-    reference=peak_moments,
-    mistakes=(
-        Mistake(
-            "the end of the forward pass",
-            lambda: dict.fromkeys("abcd", "forward"),
-            "with checkpointing the forward pass leaves one input a block, and whatever comes "
-            "after it comes on top",
-            lambda case, yours, expected: "forward" in yours.values(),
+    peak_moments,
+    because={
+        f"one of these is none of the four moments: {', '.join(map(repr, MOMENTS))}": Seen(
+            lambda: peak_moments() | {"b": "loss"}, lambda yours: {*yours.values()} - {*MOMENTS}
         ),
-        Mistake(
-            "a full fine-tune peaks at its activations",
-            lambda: peak_moments() | {"a": "backward"},
-            "a: a gradient for each of 6.7 billion weights is there when AdamW starts, and AdamW "
-            "needs as much again as its workspace",
-            _said("a", "backward", "logits and loss"),
+        "with checkpointing the forward pass leaves one input a block, and whatever comes after it "
+        "comes on top": Seen(
+            lambda: dict.fromkeys("abcd", "forward"), lambda yours: "forward" in yours.values()
         ),
-        Mistake(
-            "a small vocabulary",
-            lambda: peak_moments() | {"b": "backward"},
-            "b: 2,048 tokens times 128,256 words times 12 bytes are 2.9 GiB, more than one block "
-            "and all gradients of the adapters",
-            _said("b", "backward", "optimizer step"),
+        "a: a gradient for each of 6.7 billion weights is there when AdamW starts, and AdamW needs "
+        "as much again as its workspace": _said("a", "backward", "logits and loss"),
+        "b: 1,024 tokens times 128,256 words times 12 bytes are 1.5 GiB, more than one block and "
+        "all gradients of the adapters, and more than these gradients and AdamW's workspace": (
+            _said("b", "backward", "optimizer step")
         ),
-        Mistake(
-            "tokens where there are few",
-            lambda: peak_moments() | {"c": "logits and loss"},
-            "c: with 128 tokens all that is counted per token is small; what is left are the "
-            "gradients of 160 million adapter weights, and the workspace of AdamW",
-            _said("c", "logits and loss", "backward"),
+        "c: with 128 tokens all that is counted per token is small; what is left are the gradients "
+        "of 160 million adapter weights, and the workspace of AdamW": (
+            _said("c", "logits and loss", "backward")
         ),
-        Mistake(
-            "logits before width",
-            lambda: peak_moments() | {"d": "logits and loss"},
-            "d: at a width of 8,192 one block that is computed again keeps some 590,000 bytes a "
-            "token, and 32,000 logits take 384,000",
-            _said("d", "logits and loss"),
+        "d: at a width of 8,192 one block that is computed again keeps some 590,000 bytes a token, "
+        "and 32,000 logits take 384,000": _said("d", "logits and loss"),
+        "d: at r = 8 gradients and workspace are small; 4,096 tokens in a wide block are not": (
+            _said("d", "optimizer step")
         ),
-        Mistake(
-            "large states",
-            lambda: peak_moments() | {"d": "optimizer step"},
-            "d: at r = 8 gradients and workspace are small; 4,096 tokens in a wide block are not",
-            _said("d", "optimizer step"),
-        ),
-    ),
+    },
 )
 
 
 class Dropping(nn.Module):
     """The block of exercise 6.4: a linear layer, dropout, tanh."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 64) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(64)
+        generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(6, 6, generator=generator) / 6**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +185,7 @@ class Dropping(nn.Module):
 def recomputed_gradient(
     block: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, rng_state: Tensor
 ) -> Tensor:
-    """The gradient of a block's input, from a second forward pass with the same dice.
+    """The gradient of a block's input, from a second forward pass with the same random state.
 
     >>> x = torch.ones(2, 6)
     >>> recomputed_gradient(torch.exp, x, torch.zeros(2, 6), torch.get_rng_state()).sum()
@@ -247,40 +199,29 @@ def recomputed_gradient(
     return x.grad
 
 
-def _with_dice(block: Callable, x: Tensor, rng_state: Tensor) -> tuple[Tensor, Tensor]:
+def _with_another_draw(block, x, grad_y, rng_state):
+    return recomputed_gradient(block, x, grad_y, torch.Generator().manual_seed(1).get_state())
+
+
+def _without_dropout(block, x, grad_y, rng_state):
     leaf = x.detach().requires_grad_()
+    torch.tanh(leaf @ block.weight.detach().T).backward(grad_y)
+    return leaf.grad
+
+
+def _output_times_gradient(block, x, grad_y, rng_state):
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng_state)
-        return leaf, block(leaf)
+        return block(x).detach() * grad_y
 
 
-def _ones_for_gradient(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
-    leaf, y = _with_dice(block, x, rng_state)
-    y.sum().backward()
-    return leaf.grad
+def _ones(wrong):
+    """The same wrong answer with ones in the place of grad_y."""
+    return lambda block, x, grad_y, state: wrong(block, x, torch.ones_like(grad_y), state)
 
 
-def _other_dice(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
-    leaf, y = _with_dice(block, x, torch.Generator().manual_seed(1).get_state())
-    y.backward(grad_y)
-    return leaf.grad
-
-
-def _rolled(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
-    leaf, y = _with_dice(block, x, rng_state)
-    return y.detach() * grad_y
-
-
-def _no_dropout(block: Callable, x: Tensor, grad_y: Tensor, rng_state: Tensor) -> Tensor:
-    weight = block.weight.detach()
-    leaf = x.detach().requires_grad_()
-    torch.tanh(leaf @ weight.T).backward(grad_y)
-    return leaf.grad
-
-
-def _is_gradient_of_another_roll(case: Case, yours: Any, expected: Any) -> bool:
+def _has_another_draw(yours, expected, block, x, grad_y, rng_state):
     """Is there a pattern of dropped outputs that explains the first row of the answer?"""
-    block, x, grad_y = case["block"], case["x"], case["grad_y"]
     weight = block.weight.detach()
     for pattern in range(2 ** weight.shape[0]):
         kept = torch.tensor([2.0 * (pattern >> i & 1) for i in range(weight.shape[0])])
@@ -291,50 +232,41 @@ def _is_gradient_of_another_roll(case: Case, yours: Any, expected: Any) -> bool:
     return False
 
 
-def _roll_cases(random: torch.Generator) -> list[Case]:
-    return [
-        {
-            "block": Dropping(),
-            "x": torch.randn(3, 6, generator=random),
-            "grad_y": torch.randn(3, 6, generator=random),
-            "rng_state": torch.Generator().manual_seed(seed).get_state(),
-        }
-        for seed in (5, 6)
-    ]
+def _ones_and_another_draw(yours, expected, block, x, grad_y, rng_state):
+    return _has_another_draw(yours, expected, block, x, torch.ones_like(grad_y), rng_state)
 
 
-ex_6_4 = Check(
+def _draws(random: torch.Generator) -> Inputs:
+    for seed in (5, 6):
+        x, grad_y = torch.randn(2, 3, 6, generator=random)
+        yield Dropping(seed), x, grad_y, torch.Generator().manual_seed(seed).get_state()
+
+
+ex_6_4 = Exercise(
     "6.4 repair a checkpoint",
-    reference=recomputed_gradient,
-    cases=_roll_cases,
+    recomputed_gradient,
+    _draws,
     atol=1e-6,
-    mistakes=(
-        Mistake(
-            "a gradient of ones",
-            _ones_for_gradient,
-            "y.sum().backward() sends a one to every output; what arrives there is grad_y: "
-            "y.backward(grad_y)",
+    because={
+        "nothing came back: without a `return`, or from x.grad of an x that collects no gradient; "
+        "make a leaf of it with x.detach().requires_grad_()": lambda *given: None,
+        "y.sum().backward() sends a one to every output; what arrives there is grad_y: "
+        "y.backward(grad_y)": _ones(recomputed_gradient),
+        "grad_y goes in where the backward pass begins, with y.backward(grad_y); multiplied "
+        "afterwards it meets another place of the block": lambda block, x, grad_y, rng_state: (
+            _ones(recomputed_gradient)(block, x, grad_y, rng_state) * grad_y
         ),
-        Mistake(
-            "the output for the gradient",
-            _rolled,
-            "that multiplies grad_y by the output; go back through the block with "
-            "y.backward(grad_y), and return the gradient of its input",
+        "that multiplies grad_y by the output; go back through the block with y.backward(grad_y), "
+        "and return the gradient of its input": _output_times_gradient,
+        "without dropout it is another function; the second forward pass must drop what the first "
+        "one dropped": _without_dropout,
+        "dropout fell otherwise than in the forward pass: restore its random state with "
+        "torch.set_rng_state(rng_state) before the block runs again": Seen(
+            _with_another_draw, _has_another_draw
         ),
-        Mistake(
-            "dropout switched off",
-            _no_dropout,
-            "without dropout it is another function; the second forward pass must drop what the "
-            "first one dropped",
-        ),
-        Mistake(
-            "new dice",
-            _other_dice,
-            "dropout fell otherwise than in the forward pass: restore its dice with "
-            "torch.set_rng_state(dice) before the block runs again",
-            _is_gradient_of_another_roll,
-        ),
-    ),
+        "two faults are left: ones were sent back and not grad_y, and dropout fell otherwise than "
+        "in the forward pass": Seen(_ones(_with_another_draw), _ones_and_another_draw),
+    },
 )
 
 
@@ -374,73 +306,55 @@ def longest_that_fits(peak: Callable[[int], float], room: float) -> int:
     return low
 
 
-def _at_room(peak: Peak, room: float) -> int:
-    found = longest_that_fits(Peak(peak.constant, peak.per_token, peak.per_pair), room)
-    return found - 1 if peak(found) == room else found
-
-
-def _one_for_none(peak: Peak, room: float) -> int:
-    return max(1, longest_that_fits(peak, room))
-
-
-def _by_division(peak: Peak, room: float) -> int:
+def _by_division(peak, room):
     constant = peak(0)
     return max(0, int((room - constant) // (peak(1) - constant)))
 
 
-ex_6_5 = Check(
+ex_6_5 = Exercise(
     "6.5 the longest row that fits",
-    reference=longest_that_fits,
-    cases=lambda random: [
-        {"peak": Peak(*shape), "room": room}
-        for shape, room in (
-            ((5e9, 2e6, 0), 23e9),
-            ((5e9, 2e6, 70), 23e9),
-            ((30e9, 2e6, 0), 23e9),
-            ((1e9, 1, 0), 2e9),
-        )
+    longest_that_fits,
+    # Exactly the room at 9,000 tokens; a curve; none fits; every length fits.
+    [
+        (Peak(5e9, 2e6, 0), 23e9),
+        (Peak(5e9, 2e6, 70), 11e9),
+        (Peak(30e9, 2e6, 0), 23e9),
+        (Peak(1e9, 1, 0), 2e9),
     ],
-    mistakes=(
-        Mistake(
-            "one too long",
-            lambda peak, room: longest_that_fits(peak, room) + 1,
-            "that is the shortest length that does not fit; the answer is one less",
+    because={
+        "that is the shortest length that does not fit; the answer is one less": (
+            lambda peak, room: longest_that_fits(peak, room) + 1
         ),
-        Mistake(
-            "less than the room",
-            _at_room,
-            "a step that needs exactly the room fits: ≤, and not <",
+        "a step that needs exactly the room fits: ≤, and not <": (
+            lambda peak, room: longest_that_fits(peak, room * (1 - 1e-12))
         ),
-        Mistake(
-            "one token where none fits",
-            _one_for_none,
-            "if not even one token fits, the answer is 0",
+        "if not even one token fits, the answer is 0": Seen(
+            lambda peak, room: max(1, longest_that_fits(peak, room)),
+            lambda yours, expected, peak, room: expected == 0,
         ),
-        Mistake(
-            "a straight line",
-            _by_division,
-            "a mask makes the peak grow with the square of the length: ask `peak`, and do not "
-            "divide",
+        "lengths go up to 2²⁰ − 1: begin with high = 2**20, a length that is not asked for": (
+            lambda peak, room: min(longest_that_fits(peak, room), LONGEST - 2)
         ),
-        Mistake(
-            "powers of two",
-            lambda peak, room: 2 ** (max(1, longest_that_fits(peak, room)).bit_length() - 1),
-            "doubling stops at a power of two below the answer; go on and halve the interval",
+        "a mask makes the peak grow with the square of the length: ask `peak`, and do not divide": (
+            _by_division
         ),
-    ),
+        "doubling stops at a power of two below the answer; go on and halve the interval": (
+            lambda peak, room: 2 ** (max(1, longest_that_fits(peak, room)).bit_length() - 1)
+        ),
+    },
 )
 
 CARD_GB = 24
 PROPOSALS: dict[str, dict[str, Any]] = {
-    "Anna": {"method": "full", "batch": 1, "length": 2048},
+    "Anna": {"method": "full", "batch_size": 1, "max_length": 2048},
     "Bela": {
         "method": "qlora",
         "batch_size": 2,
         "max_length": 2048,
         "gradient_checkpointing": False,
     },
-    "Cleo": {"method": "qlora", "batch": 4, "length": 512},
-    "Dora": {"method": "qlora", "batch": 16, "length": 2048},
+    "Cleo": {"method": "qlora", "batch_size": 4, "max_length": 512},
+    "Dora": {"method": "qlora", "batch_size": 16, "max_length": 2048},
 }
 """What four people would do in exercise 6.6; none of it works."""
 
@@ -459,67 +373,69 @@ def row_lengths() -> Tensor:
 def choose_run() -> dict[str, Any]:
     """Settings that train llama-3-8b on every row of `row_lengths()` on a 24 GB card.
 
-    >>> choose_run()["batch"]
+    >>> choose_run()["batch_size"]
     4
     """
-    return {"method": "qlora", "batch": 4, "length": 2048}
+    return {"method": "qlora", "batch_size": 4, "max_length": 2048, "padding": True}
 
 
-def _plan(run: dict[str, Any]) -> Any:
+def _plan(run):
     return plan_memory("llama-3-8b", **run)
 
 
-ex_6_6 = OpenCheck(
+def _spare(run):
+    """The bytes that are left on the card, its reserve aside."""
+    return CARD_GB * GIB - RESERVE - _plan(run).peak_bytes
+
+
+def _score_of_run(run):
+    left = _spare(run) / GIB
+    fits = f"{left:.1f} GiB to spare" if left >= 0 else f"{-left:.1f} GiB too much"
+    return f"{run['batch_size']} rows at a time, {fits}"
+
+
+ex_6_6 = Exercise(
     "6.6 choose a run",
-    reference=choose_run,
-    mistakes=(
-        Mistake(
-            "no settings",
-            lambda: [4, 2048],
-            'return a dictionary with at least "method", "batch" and "length"',
-            lambda case, run, _: not {"method", "batch", "length"} <= dict(run).keys(),
+    choose_run,
+    open=True,
+    score=_score_of_run,
+    because={
+        'return a dictionary with at least "method", "batch_size" and "max_length"': Seen(
+            lambda: [4, 2048], lambda run: not {"method", "batch_size", "max_length"} <= run.keys()
         ),
-        Mistake(
-            "settings that nobody knows",
+        "plan_memory does not take these settings: call it with them and read its error": Seen(
             lambda: choose_run() | {"lenght": 2048},
-            "plan_memory does not take these settings: call it with them and read its error",
-            lambda case, run, _: _plan(run) is None,  # an error counts as found
+            lambda run: _plan(run) is None,  # an error counts as found
         ),
-        Mistake(
-            "rows cut",
-            lambda: PROPOSALS["Cleo"],
-            "rows are cut: the longest has 1,991 tokens, and answers stand at the end of a row",
-            lambda case, run, _: run["length"] < int(row_lengths().max()),
+        "that plans a step on a processor; the card is a GPU: leave `device` as it is": Seen(
+            lambda: choose_run() | {"device": "cpu"},
+            lambda run: run.get("device", "cuda") != "cuda",
         ),
-        Mistake(
-            "full fine-tuning",
-            lambda: PROPOSALS["Anna"],
-            "full fine-tuning takes eight bytes a parameter, 60 GiB, before the first token",
-            lambda case, run, _: (
-                run["method"] == "full" and not _plan(run).peak_bytes <= CARD_GB * GIB - RESERVE
-            ),
+        "rows are cut: the longest has 1,991 tokens, and answers stand at the end of a row": Seen(
+            lambda: PROPOSALS["Cleo"], lambda run: run["max_length"] < int(row_lengths().max())
         ),
-        Mistake(
-            "no checkpointing",
+        "full fine-tuning takes eight bytes a parameter, 60 GiB, before the first token": Seen(
+            lambda: PROPOSALS["Anna"], lambda run: run["method"] == "full" and _spare(run) < 0
+        ),
+        "without checkpointing every block keeps its activations: see plan.table(), forward": Seen(
             lambda: PROPOSALS["Bela"],
-            "without checkpointing every block keeps its activations: see plan.table(), forward",
-            lambda case, run, _: (
-                not run.get("gradient_checkpointing", True)
-                and not _plan(run).peak_bytes <= CARD_GB * GIB - RESERVE
-            ),
+            lambda run: not run.get("gradient_checkpointing", True) and _spare(run) < 0,
         ),
-        Mistake(
-            "too many logits",
+        "it does not fit: the base alone takes 15 GiB in 16 bits; see plan.table()": Seen(
+            lambda: choose_run() | {"method": "lora"},
+            lambda run: run["method"] != "qlora" and _spare(run) < 0,
+        ),
+        "it does not fit: look at plan.table() for the moment of the peak. With a vocabulary of "
+        "128,256 it is the logits, and they grow with batch_size · max_length": Seen(
             lambda: PROPOSALS["Dora"],
-            "it does not fit: look at plan.table() for the moment of the peak. With a vocabulary "
-            "of 128,256 it is the logits, and they grow with batch · length",
-            lambda case, run, _: not _plan(run).peak_bytes <= CARD_GB * GIB - RESERVE,
+            lambda run: _spare(run) < 0 and _plan(run).peak_moment == "logits and loss",
         ),
-        Mistake(
-            "a batch of one",
-            lambda: choose_run() | {"batch": 1},
-            "it fits, and more rows at a time would too: at least three rows a step are asked for",
-            lambda case, run, _: not run["batch"] >= 3,
+        "it does not fit: look at plan.table() for the moment of the peak, and for the largest row "
+        "in it": Seen(lambda: choose_run() | {"r": 2048}, lambda run: _spare(run) < 0),
+        "it fits, and more rows at a time would too: at least three rows a step are asked for": (
+            Seen(lambda: choose_run() | {"batch_size": 1}, lambda run: not run["batch_size"] >= 3)
         ),
-    ),
+    },
 )
+
+EXERCISES = (ex_6_1, ex_6_2, ex_6_3, ex_6_4, ex_6_5, ex_6_6)
