@@ -7,25 +7,28 @@ WORKERS ?= 2
 TORCH   ?= auto
 ARGS    ?=
 
-# The first Python from 3.11 to 3.13. Each is run, because a name on the PATH may be a mere shim.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
-    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+# The first Python from 3.11 to 3.14. Each is run, because a name on the PATH may be a mere shim.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
     && echo $$p && break; done)
+
+# Threads that spin while they wait for each other are slow beside any other busy process.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # Tests and notebooks never ask the network for anything.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test lint format doctor course finetune bench experiments gpu-report \
+.PHONY: help setup lab test check lint coverage mutants format doctor course finetune bench experiments gpu-report \
     claims notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt qlora_edu/course/set_up.py
-	@test -n "$(PYTHON)" || { echo "FAIL no Python 3.11, 3.12 or 3.13 on the PATH. Install one" \
+	@test -n "$(PYTHON)" || { echo "FAIL no Python 3.11, 3.12, 3.13 or 3.14 on the PATH. Install one" \
 	    "(python.org, or your system's packages), or: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) qlora_edu/course/set_up.py $(VENV) --torch $(TORCH)
+	@"$(PYTHON)" qlora_edu/course/set_up.py $(VENV) --torch $(TORCH)
 	@touch $@
 
 setup:  ## set up again, whatever was set up before
@@ -41,9 +44,20 @@ test: lint  ## lint, run every test, run every notebook
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --nbval-lax \
 	    --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) notebooks
 
-lint: $(READY)  ## check format and style
+check: lint  ## what a change needs, in about a minute: lint, types, the fast tests
+	$(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile -q -m "not slow and not browser" $(ARGS)
+
+lint: $(READY)  ## check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+coverage: $(READY)  ## which lines of the method no test reaches, and the floor
+	$(OFFLINE) $(PY) -m coverage run -m pytest -q -m "not browser" $(ARGS)
+	$(PY) -m coverage report
+
+mutants: $(READY)  ## break the code on purpose, and see the tests notice (ARGS=NAME: some)
+	$(OFFLINE) $(PY) tests/mutants.py $(ARGS)
 
 format: $(READY)  ## put format and imports right
 	$(PY) -m ruff check --fix-only --select I .
@@ -80,5 +94,5 @@ notebooks: $(READY)  ## run all notebooks and keep their outputs
 	$(OFFLINE) $(PY) -m qlora_edu.course.run_notebooks --in-place $(ARGS)
 
 clean:  ## remove what was made here, the environment too
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis qlora_edu.egg-info
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage qlora_edu.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,13 +7,19 @@ import socket
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that each start a thread per core spend their time waiting for one another.
-    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+# One thread each: on a busy machine two spend their time waiting for one another, and a run that is
+# resumed gives the same bits only with as many threads as before.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import pytest
+from hypothesis import settings
+
+# No generated example is judged by the clock; in CI they are the same ones every time.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # Not by MPLBACKEND, which a notebook kernel started by a test would inherit and draw nothing.
 matplotlib.use("agg")

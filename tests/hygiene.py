@@ -198,15 +198,44 @@ def structure(notebook: NotebookNode) -> Iterator[str]:
             cell.source.count("<details") != cell.source.count("</details>")
         ):
             yield f"{cell.id}: a <details> is not closed"
-    checks = set(
-        re.findall(r"\bchecks\.(ex_\d+_\d+)\(", "\n".join(c.source for c in notebook.cells))
-    )
+    checks = exercises(notebook)
     if len(checks) < MIN_EXERCISES:
         yield f"{len(checks)} exercises with a check, at least {MIN_EXERCISES}"
     folds = [fold.lower() for fold in re.findall(r"<summary>(.*?)</summary>", text, re.DOTALL)]
     for kind, each in (("hint", 2), ("solution", 1)):
         if (count := sum(kind in fold for fold in folds)) < each * len(checks):
             yield f"{count} folded {kind}s for {len(checks)} exercises, {each} for each"
+
+
+def exercises(notebook: NotebookNode) -> dict[str, str]:
+    """Map each exercise that is checked, as "2-3", to the cell that calls its check."""
+    calls = (
+        (number.replace("_", "-"), cell.id)
+        for cell in code_cells(notebook)
+        for number in re.findall(r"\bexercises\.ex_(\d+_\d+)\(", cell.source)
+    )
+    return dict(calls)
+
+
+def exercise_cells(notebook: NotebookNode) -> Iterator[str]:
+    """Hold the one pattern: ex-2-3-text, -stub, -check, -hints, and -library if it is needed."""
+    ids = [cell.id for cell in notebook.cells]
+    checks = exercises(notebook)
+    for cell in notebook.cells:
+        if cell.id.startswith("ex-") and "-".join(cell.id.split("-")[1:3]) not in checks:
+            yield f"{cell.id}: an exercise's cell is ex-2-3-text, -stub, -check, -hints, -library"
+        if re.search(r"exercises\.ex_\d+_\d+\.reference", cell.source):
+            yield f"{cell.id}: take .answer, which is the reader's own if it passed"
+        if cell.id in checks.values() and not re.search(r'ex_\d+_\d+\("\w+"\)$', cell.source):
+            yield f'{cell.id}: a check names its function in quotes: exercises.ex_2_3("where_is")'
+    for number, check in checks.items():
+        parts = [f"ex-{number}-{part}" for part in ("text", "stub", "check", "hints")]
+        if check != parts[2]:
+            yield f"{check}: the cell that checks exercise {number} is {parts[2]}"
+        elif missing := [part for part in parts if part not in ids]:
+            yield f"{missing[0]}: this cell is missing"
+        elif sorted(parts, key=ids.index) != parts:
+            yield f"{check}: the order is text, stub, check, hints"
 
 
 def definitions(source: str) -> list[ast.FunctionDef | ast.ClassDef]:
@@ -277,5 +306,5 @@ def breaches(notebook: NotebookNode, folder: Path) -> list[str]:
     """List every breach of every rule. Code that is not Python is reported by itself."""
     if broken := list(plain_python(notebook)):
         return broken
-    rules = (outputs, identifiers, metadata, code, figures, structure, same_code)
+    rules = (outputs, identifiers, metadata, code, figures, structure, exercise_cells, same_code)
     return [breach for rule in rules for breach in rule(notebook)] + list(links(notebook, folder))

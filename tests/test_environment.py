@@ -21,7 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 RANGES = {
     requirement.name: requirement.specifier
-    for requirement in map(Requirement, PROJECT["dependencies"] + EXTRAS["dev"] + EXTRAS["bench"])
+    for requirement in map(
+        Requirement, [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["dev"], *EXTRAS["bench"]]
+    )
 }
 ONLY_BENCH = {Requirement(line).name for line in EXTRAS["bench"]}
 CONSTRAINTS = [
@@ -152,7 +154,7 @@ def test_make_says_so_when_there_is_no_python(tmp_path):
         ["make", "-C", tmp_path, "lint", "PYTHON="], capture_output=True, text=True
     )
     assert result.returncode != 0
-    assert "no Python 3.11, 3.12 or 3.13" in result.stderr
+    assert "no Python 3.11, 3.12, 3.13 or 3.14" in result.stderr
 
 
 def test_importing_the_package_is_light():

@@ -58,21 +58,31 @@ One misconception. The ledger.
 FOLD = "<details><summary>{}</summary>\n\nthink\n\n</details>\n"
 
 
+def exercise(n):
+    return (
+        new_markdown_cell("Write it.", id=f"ex-9-{n}-text"),
+        new_code_cell("def mine(x):\n    raise NotImplementedError", id=f"ex-9-{n}-stub"),
+        new_code_cell(f'exercises.ex_9_{n}("mine")', id=f"ex-9-{n}-check"),
+        new_markdown_cell("Think.", id=f"ex-9-{n}-hints"),
+    )
+
+
 @pytest.fixture
 def notebook():
     """The smallest notebook that keeps every rule."""
     folds = 4 * (FOLD.format("Hint 1") + FOLD.format("Hint 2") + FOLD.format("Solution"))
     cells = [
         new_markdown_cell(PROSE.format(folds=folds), id="title"),
-        new_code_cell("from qlora_edu.course import checks, doctor\n\ndoctor.check()", id="set-up"),
-        new_code_cell("def mine(x):\n    raise NotImplementedError", id="stub"),
-        new_code_cell("\n".join(f"exercises.ex_9_{n}(mine)" for n in range(4)), id="check-mine"),
+        new_code_cell(
+            "from qlora_edu.course import exercises, doctor\n\ndoctor.check()", id="set-up"
+        ),
+        *(cell for n in range(4) for cell in exercise(n)),
         new_code_cell("plot()", id="plot"),
         new_markdown_cell("*The figure shows a line.*", id="plot-in-words"),
         new_code_cell("print(4.127)", id="fact", metadata={"tags": ["nbval-check-output"]}),
     ]
-    cells[4].outputs = [new_output("display_data", {"image/png": "iVBORw0KGgo="})]
-    cells[6].outputs = [new_output("stream", text="4.127\n")]
+    cells[-3].outputs = [new_output("display_data", {"image/png": "iVBORw0KGgo="})]
+    cells[-1].outputs = [new_output("stream", text="4.127\n")]
     for count, cell in enumerate((cell for cell in cells if cell.cell_type == "code"), 1):
         cell.execution_count = count
     return new_notebook(cells=cells)
@@ -160,11 +170,37 @@ def no_fact(notebook):
 
 
 def no_doctor(notebook):
-    cell(notebook, "set-up").source = "from qlora_edu.course import checks"
+    cell(notebook, "set-up").source = "from qlora_edu.course import exercises"
 
 
 def no_words_beside_the_figure(notebook):
     cell(notebook, "plot-in-words").source = "Next."
+
+
+def stub_by_another_name(notebook):
+    cell(notebook, "ex-9-2-stub").id = "stub-of-mine"
+
+
+def check_in_another_cell(notebook):
+    cell(notebook, "ex-9-2-check").id = "check-mine"
+
+
+def cell_of_no_exercise(notebook):
+    cell(notebook, "plot").id = "ex-9-8-stub"
+
+
+def exercise_out_of_order(notebook):
+    cells = notebook.cells
+    cells.remove(text := cell(notebook, "ex-9-3-text"))
+    cells.insert(-3, text)
+
+
+def check_without_quotes(notebook):
+    cell(notebook, "ex-9-2-check").source = "exercises.ex_9_2(mine)"
+
+
+def take_the_reference(notebook):
+    cell(notebook, "plot").source = "mine = exercises.ex_9_2.reference"
 
 
 def replace(old, new):
@@ -192,6 +228,12 @@ def replace(old, new):
         (no_fact, "nbval-check-output"),
         (no_doctor, "set-up cell"),
         (no_words_beside_the_figure, "what the figure shows"),
+        (stub_by_another_name, "ex-9-2-stub: this cell is missing"),
+        (check_in_another_cell, "check-mine: the cell that checks exercise 9-2 is ex-9-2-check"),
+        (cell_of_no_exercise, "ex-9-8-stub: an exercise's cell"),
+        (exercise_out_of_order, "ex-9-3-check: the order is"),
+        (check_without_quotes, "names its function in quotes"),
+        (take_the_reference, "take .answer"),
         (replace("pass?", "pass."), "a question"),
         (replace("## Summary", "## End"), "no section: Summary"),
         (replace("</details>", ""), "not closed"),

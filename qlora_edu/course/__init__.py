@@ -3,9 +3,6 @@
 It imports the method (`qlora_edu.codebooks`, `qlora_edu.lora`, ...); the method never imports it.
 """
 
+from qlora_edu.course.progress import progress
 
-def progress() -> None:
-    """Print which exercises are solved, chapter by chapter; recorded on this machine alone."""
-    from qlora_edu.course import passed
-
-    passed.show()
+__all__ = ["progress"]

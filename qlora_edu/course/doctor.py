@@ -23,7 +23,7 @@ from qlora_edu.errors import NotReadyError
 from qlora_edu.files import ROOT
 
 DATA = ROOT / "data"
-REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[dev]')"
+REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[lab,dev]')"
 GIB = 2**30
 MEMORY_NEEDED = 4 * GIB
 DISK_NEEDED = 1 * GIB
@@ -55,11 +55,11 @@ def python_version(version: tuple[int, ...] = sys.version_info[:2]) -> Finding:
     'FAIL'
     """
     text = ".".join(map(str, version))
-    if (3, 11) <= version <= (3, 13):
+    if (3, 11) <= version <= (3, 14):
         return Finding("OK", f"Python {text}")
     return Finding(
         "FAIL",
-        f"Python {text}: the course needs 3.11, 3.12 or 3.13",
+        f"Python {text}: the course needs 3.11, 3.12, 3.13 or 3.14",
         "install one, remove .venv, and: make lab PYTHON=/path/to/python3.12",
     )
 
@@ -81,7 +81,16 @@ def packages() -> list[Finding]:
         from packaging.requirements import Requirement
     except ImportError:
         return [Finding("FAIL", "the package packaging is missing", REINSTALL)]
-    return [package(Requirement(line), tested) for line in project["dependencies"]]
+    core = [package(Requirement(line), tested) for line in project["dependencies"]]
+    lab = project["optional-dependencies"]["lab"]
+    return core + [_only_said(package(Requirement(line), tested)) for line in lab]
+
+
+def _only_said(finding: Finding) -> Finding:
+    """Turn a fault of Jupyter's packages into news: a hosted notebook brings its own."""
+    if finding.status != "FAIL":
+        return finding
+    return Finding("INFO", f"{finding.what} (for make lab and the figures: {REINSTALL})")
 
 
 def pinned_versions(constraints: str) -> dict[str, str]:
@@ -276,8 +285,11 @@ def check() -> None:
         raise NotReadyError("\n" + "\n".join(map(str, failures)))
     import torch
 
+    from qlora_edu.production.threads import choose_threads
+
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    print(f"qlora_edu ready: torch {torch.__version__.split('+')[0]}, {device}")
+    version = torch.__version__.split("+")[0]
+    print(f"qlora_edu ready: torch {version}, {device}, {choose_threads()}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from nbformat import NotebookNode
 from tqdm import tqdm
 
 from qlora_edu.files import ROOT
+from qlora_edu.production.threads import wait_passively
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 STILL = "(sliders: run this cell to move them)"
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         print("no notebooks found", file=sys.stderr)
         return 1
+    wait_passively()  # the kernels start with the environment of this process
     failed = run_all(paths, in_place=arguments.in_place, html_folder=arguments.html)
     if failed:
         print(f"{failed} of {len(paths)} notebooks failed")

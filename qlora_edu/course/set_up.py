@@ -32,7 +32,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> None:
     """Refuse a Python that the course is not tested with, or one without venv.
 
     Raises:
-        SetUpError: the version is outside 3.11 to 3.13, or Debian's python3-venv is missing.
+        SetUpError: the version is outside 3.11 to 3.14, or Debian's python3-venv is missing.
 
     >>> check_python((3, 12))
     >>> check_python((3, 10))
@@ -41,9 +41,9 @@ def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> None:
     qlora_edu.course.set_up.SetUpError: Python 3.10 found; the course needs 3.11, ...
     """
     found = ".".join(map(str, version))
-    if not (3, 11) <= version <= (3, 13):
+    if not (3, 11) <= version <= (3, 14):
         raise SetUpError(
-            f"Python {found} found; the course needs 3.11, 3.12 or 3.13. "
+            f"Python {found} found; the course needs 3.11, 3.12, 3.13 or 3.14. "
             "Install one, or name it: make PYTHON=/path/to/python3.12 ..."
         )
     if find_spec("ensurepip") is None:
@@ -161,7 +161,7 @@ def set_up(environment: Path, torch_build: str = "auto") -> None:
         )
 
     print("3/3 the course and its tools", flush=True)
-    if subprocess.run([*pip, "-e", f"{ROOT}[dev]"]).returncode:
+    if subprocess.run([*pip, "-e", f"{ROOT}[lab,dev]"]).returncode:
         raise SetUpError("pip could not install the course; its own message is above")
     folders = environment.glob("lib/python*/site-packages")
     found = [name for folder in folders for name in cuda_packages(folder)]

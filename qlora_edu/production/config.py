@@ -25,11 +25,11 @@ CHOICES = {
     "chat_template": (None, "guanaco"),
 }
 AT_LEAST_ONE = (
-    "r max_steps batch_size gradient_accumulation max_length max_new_tokens eval_batch_size "
-    "logging_steps keep_checkpoints"
+    "r max_steps batch_size gradient_accumulation_steps max_length max_new_tokens eval_batch_size "
+    "logging_steps save_total_limit"
 )
-NOT_NEGATIVE = "warmup_steps weight_decay dropout seed save_steps sample_steps"
-POSITIVE = "alpha learning_rate max_grad_norm beta2"
+NOT_NEGATIVE = "warmup_steps weight_decay lora_dropout seed save_steps sample_steps"
+POSITIVE = "lora_alpha learning_rate max_grad_norm adam_beta2"
 
 
 @dataclass(frozen=True, kw_only=True)

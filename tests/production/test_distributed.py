@@ -39,7 +39,7 @@ def launch(command):
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,  # ends a hang; nothing is judged by it
         env=settings,
     )
 

@@ -11,11 +11,7 @@ ROUNDING = 1e-4
 
 
 def weight_gigabytes(parameters: int, bits_per_weight: float) -> float:
-    """Size of the weights in GB (10⁹ bytes).
-
-    >>> weight_gigabytes(1_000_000_000, 16)
-    2.0
-    """
+    """Size of the weights in GB (10⁹ bytes)."""
     return parameters * bits_per_weight / 8 / 1e9
 
 
@@ -39,11 +35,7 @@ ex_0_1 = Exercise(
 
 
 def snap_to_levels(weights: Tensor, levels: Tensor) -> Tensor:
-    """Quantise and dequantise with one absmax for the whole tensor; the shape is kept.
-
-    >>> snap_to_levels(torch.tensor([2.0, 0.9, -1.2]), torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([ 2.,  0., -2.])
-    """
+    """Quantise and dequantise with one absmax for the whole tensor; the shape is kept."""
     absmax = weights.abs().max()
     return levels[_codes(weights / absmax, levels)] * absmax
 
@@ -103,12 +95,7 @@ ex_0_2 = Exercise(
 
 
 def adapted_output(x: Tensor, W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
-    """Take `x` `[tokens, in]` through `W` `[out, in]` and its adapter, to `[tokens, out]`.
-
-    >>> one = torch.ones(1, 1)
-    >>> adapted_output(one, one, one, one, lora_alpha=8, r=4)
-    tensor([[3.]])
-    """
+    """Take `x` `[tokens, in]` through `W` `[out, in]` and its adapter, to `[tokens, out]`."""
     return _layer(x, W, A, B, lora_alpha / r)
 
 
@@ -152,11 +139,7 @@ ex_0_3 = Exercise(
 
 
 def trained_parameters(shapes: list[tuple[int, int]], r: int) -> int:
-    """Parameters in adapters of rank `r` on layers of these `(out, in)` shapes.
-
-    >>> trained_parameters([(3, 2)], r=1)
-    5
-    """
+    """Parameters in adapters of rank `r` on layers of these `(out, in)` shapes."""
     return sum(r * (n_out + n_in) for n_out, n_in in shapes)
 
 
@@ -188,11 +171,7 @@ ex_0_4 = Exercise(
 
 
 def my_rows() -> list[dict[str, list[dict[str, str]]]]:
-    """Three rows in the layout of the training data.
-
-    >>> my_rows()[0]["messages"][1]
-    {'role': 'assistant', 'content': 'Ada'}
-    """
+    """Three rows in the layout of the training data."""
     passage = "Ada sold a red lamp to Hugo. It was Monday."
     asked = [
         ("Who sold the lamp?", "Ada"),

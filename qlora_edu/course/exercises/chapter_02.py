@@ -15,11 +15,7 @@ from qlora_edu.kernels import read_back
 
 
 def bits_a_weight(code_bits: int, blocksize: int, constant_bits: int) -> float:
-    """Add a weight's share of its block's constants to its code.
-
-    >>> bits_a_weight(4, 64, 32)
-    4.5
-    """
+    """Add a weight's share of its block's constants to its code."""
     return code_bits + constant_bits / blocksize
 
 
@@ -56,11 +52,7 @@ ex_2_1 = Exercise(
 
 
 def pack_quarters(codes: Tensor) -> Tensor:
-    """Put four 2-bit codes in a byte, the first in the highest bits; fill the last up with 0.
-
-    >>> pack_quarters(torch.tensor([0, 1, 2, 3, 3], dtype=torch.uint8)).tolist()
-    [27, 192]
-    """
+    """Put four 2-bit codes in a byte, the first in the highest bits; fill the last up with 0."""
     return _weighed(_fours(codes), 64, 16, 4, 1).to(torch.uint8)
 
 
@@ -107,11 +99,7 @@ ex_2_2 = Exercise(
 
 
 def where_is(row: int, column: int, columns: int, blocksize: int) -> tuple[int, str, int]:
-    """Find a weight of a matrix: its byte, its half of the byte, its block.
-
-    >>> where_is(1, 3, columns=6, blocksize=4)
-    (4, 'low', 2)
-    """
+    """Find a weight of a matrix: its byte, its half of the byte, its block."""
     position = row * columns + column
     return position // 2, ("high", "low")[position % 2], position // blocksize
 
@@ -163,11 +151,7 @@ ex_2_3 = Exercise(
 
 
 def deadly_ratio(levels: Tensor) -> float:
-    """How many times the largest other weight an outlier must be to turn all others to zero.
-
-    >>> round(deadly_ratio(get_levels("int4")), 4)
-    14.0
-    """
+    """How many times the largest other weight an outlier must be to turn all others to zero."""
     above, below = levels[levels > 0].min(), -levels[levels < 0].max()
     return 2 / min(above, below).item()
 
@@ -215,11 +199,15 @@ def repaired_reader(
 
 def _small_tensors(random: torch.Generator) -> Inputs:
     """Codes and constants by chance, in blocks that end within rows, at their ends, and short."""
-    for shape, blocksize in (((2, 6), 4), ((3, 5), 4), ((4, 8), 8), ((10,), 4), ((3, 2, 3), 4)):
+    even = torch.linspace(-1, 1, 16)
+    for shape, blocksize, levels in (
+        *(((2, 6), 4, nf4_levels()), ((3, 5), 4, nf4_levels()), ((4, 8), 8, even)),
+        *(((10,), 4, nf4_levels()), ((3, 2, 3), 4, even)),
+    ):
         n = math.prod(shape)
         codes = torch.randint(16, (n,), generator=random).to(torch.uint8)
         absmax = torch.rand(-(-n // blocksize), generator=random) * 9 + 1
-        yield pack_nibbles(codes), absmax, get_levels("nf4"), blocksize, shape
+        yield pack_nibbles(codes), absmax, levels, blocksize, shape
 
 
 def _keeps_the_filling(packed, absmax, levels, size, shape):
@@ -294,11 +282,7 @@ def largest_blocksize(weights: Tensor, levels: Tensor, limit: float) -> int:
 
 
 def heavy_tails(n: int, generator: torch.Generator) -> Tensor:
-    """Draw n weights from Student's t with four degrees of freedom; not scaled.
-
-    >>> heavy_tails(3, torch.Generator().manual_seed(0)).shape
-    torch.Size([3])
-    """
+    """Draw n weights from Student's t with four degrees of freedom; not scaled."""
     normal = torch.randn(n, generator=generator)
     return normal / torch.randn(4, n, generator=generator).square().mean(dim=0).sqrt()
 

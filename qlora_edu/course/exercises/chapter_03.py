@@ -12,11 +12,7 @@ from qlora_edu.double_quant import NESTED_BLOCKSIZE, dynamic_map
 
 
 def constant_bits(blocksize: int, nested_blocksize: int) -> float:
-    """Count the bits that constants add to each weight after double quantisation.
-
-    >>> constant_bits(64, 256)
-    0.126953125
-    """
+    """Count the bits that constants add to each weight after double quantisation."""
     return 8 / blocksize + 32 / (blocksize * nested_blocksize)
 
 
@@ -47,11 +43,7 @@ ex_3_1 = Exercise(
 
 
 def spoiled(n: int, places: list[int], blocksize: int, double_quant: bool) -> int:
-    """Count the weights that come back as NaN from bitsandbytes.
-
-    >>> spoiled(4096, [5], 64, double_quant=False), spoiled(4096, [5], 64, double_quant=True)
-    (64, 4096)
-    """
+    """Count the weights that come back as NaN from bitsandbytes."""
     if double_quant:
         return n if places else 0
     return blocksize * len({place // blocksize for place in places})
@@ -103,13 +95,7 @@ ex_3_2 = Exercise(
 def read_constants(
     codes: Tensor, nested_absmax: Tensor, offset: float | Tensor, table: Tensor
 ) -> Tensor:
-    """Read the absmax of every block back from 8 bits: float32 `[blocks]`.
-
-    >>> table = torch.tensor([-1.0, 0.0, 1.0])
-    >>> codes = torch.tensor([0, 1, 2], dtype=torch.uint8)
-    >>> read_constants(codes, torch.tensor([0.5]), 2.0, table)
-    tensor([1.5000, 2.0000, 2.5000])
-    """
+    """Read the absmax of every block back from 8 bits: float32 `[blocks]`."""
     return table[codes.int()] * _spread(nested_absmax, codes) + offset
 
 
@@ -232,9 +218,6 @@ def best_within(budget: float) -> tuple[int, bool]:
 
     Half the block size saves 2.5 % of the error or more, and float32 constants save 0.02 %: so the
     smallest blocks that fit, and float32 constants if they fit with those.
-
-    >>> best_within(4.5)
-    (32, True)
     """
     return _first_fitting(budget, (False, True))
 
@@ -290,11 +273,7 @@ def _blocks() -> tuple[Tensor, ...]:
 
 
 def rise(table: Tensor) -> float:
-    """Relative growth of the weights' root mean square error when constants go through a table.
-
-    >>> round(100 * rise(dynamic_map()), 2)
-    0.03
-    """
+    """Relative growth of the weights' root mean square error when constants go through a table."""
     weights, levels, absmax = _blocks()
     through, kept = (
         (levels * constants[:, None] - weights).double().square().mean().sqrt()

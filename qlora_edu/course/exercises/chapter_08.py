@@ -1,218 +1,188 @@
 """The exercises of notebook 8: weigh, implement, repair, test, judge, and plan a comparison."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, chose
 from qlora_edu.text.conversations import IGNORED
 from qlora_edu.training import learning_rate_at
 
 
 def step_loss(means: Sequence[float], tokens: Sequence[int]) -> float:
-    """The loss of a step over all its answer tokens, from the mean loss of each micro-batch.
-
-    >>> step_loss([2.0, 1.0], [1, 3])
-    1.25
-    """
-    return sum(mean * count for mean, count in zip(means, tokens, strict=True)) / sum(tokens)
+    """The loss of a step over all its answer tokens, from the mean loss of each micro-batch."""
+    return _sum_of_losses(means, tokens) / sum(tokens)
 
 
-ex_8_1 = Check(
+def _sum_of_losses(means, tokens):
+    return sum(mean * count for mean, count in zip(means, tokens, strict=True))
+
+
+ex_8_1 = Exercise(
     "8.1 the loss of a step",
-    reference=step_loss,
-    cases=lambda random: [
-        {"means": [2.0, 1.0], "tokens": [1, 3]},
-        {"means": [0.5, 4.0, 1.5], "tokens": [40, 2, 8]},
-        {
-            "means": torch.rand(4, generator=random).tolist(),
-            "tokens": torch.randint(1, 50, (4,), generator=random).tolist(),
-        },
+    step_loss,
+    lambda random: [
+        ([2.0, 1.0], [1, 3]),
+        ([0.5, 4.0, 1.5], [40, 2, 8]),
+        (torch.rand(4, generator=random).tolist(), [17, 3, 46, 29]),
     ],
-    mistakes=(
-        Mistake(
-            "mean of means",
-            lambda means, tokens: sum(means) / len(means),
-            "a mean of means counts a token of a short micro-batch more than one of a long one: "
-            "weigh each mean by its tokens",
+    atol=1e-6,
+    because={
+        "a mean of means counts a token of a short micro-batch more than one of a long one: weigh "
+        "each mean by its tokens": lambda means, tokens: sum(means) / len(means),
+        "that is the sum over the tokens; the loss of a step is their mean": _sum_of_losses,
+        "divide by the number of tokens, not by the number of micro-batches": (
+            lambda means, tokens: _sum_of_losses(means, tokens) / len(means)
         ),
-        Mistake(
-            "not divided",
-            lambda means, tokens: sum(m * n for m, n in zip(means, tokens, strict=True)),
-            "that is the sum over the tokens; the loss of a step is their mean",
-        ),
-        Mistake(
-            "divided by the micro-batches",
-            lambda means, tokens: (
-                sum(m * n for m, n in zip(means, tokens, strict=True)) / len(means)
-            ),
-            "divide by the number of tokens, not by the number of micro-batches",
-        ),
-        Mistake(
-            "weighed the wrong way round",
+        "a micro-batch with more answer tokens weighs more, not less": (
             lambda means, tokens: (
                 sum(m / n for m, n in zip(means, tokens, strict=True)) / sum(1 / n for n in tokens)
-            ),
-            "a micro-batch with more answer tokens weighs more, not less",
+            )
         ),
-    ),
-    atol=1e-9,
+        "that adds up the means: a mean times its tokens is what a micro-batch adds to the sum": (
+            lambda means, tokens: sum(means)
+        ),
+        "divided by all tokens, but the means are not yet sums: multiply each by its tokens": (
+            lambda means, tokens: sum(means) / sum(tokens)
+        ),
+    },
 )
 
 
 def rate_at(step: int, lr: float, warmup: int, total: int) -> float:
-    """The rate of step 0, 1, 2 …: up a line for ``warmup`` steps, down half a cosine to ``total``.
-
-    >>> [round(rate_at(step, 8.0, 2, 6), 3) for step in range(6)]
-    [0.0, 4.0, 8.0, 6.828, 4.0, 1.172]
-    """
+    """The rate of step 0, 1, 2 …: up a line for `warmup` steps, down half a cosine to `total`."""
     return learning_rate_at(step, lr, "cosine", warmup, total)
 
 
-ex_8_2 = Check(
+def _down_by(share):
+    """Make an answer with the right warm-up, which then falls as `share(step, warmup, total)`."""
+    return lambda step, lr, warmup, total: (
+        lr * (step / warmup if step < warmup else share(step, warmup, total))
+    )
+
+
+def _half_wave(done):
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+ex_8_2 = Exercise(
     "8.2 warm-up and cosine",
-    reference=rate_at,
-    cases=lambda random: [
-        {"step": step, "lr": 0.003, "warmup": 10, "total": 60} for step in (0, 3, 10, 11, 35, 59)
+    rate_at,
+    [
+        *((step, 0.003, 10, 60) for step in (0, 3, 10, 11, 35, 59)),
+        *((step, 0.02, 25, 65) for step in (1, 24, 30, 45, 64)),
     ],
-    mistakes=(
-        Mistake(
-            "counted from one",
+    atol=1e-8,
+    because={
+        "steps count from 0 here: the first step of a warm-up has rate 0": (
             lambda step, lr, warmup, total: (
                 lr * (step + 1) / warmup if step < warmup else rate_at(step, lr, warmup, total)
-            ),
-            "steps count from 0 here: the first step of a warm-up has rate 0",
+            )
         ),
-        Mistake(
-            "the cosine starts at step 0",
-            lambda step, lr, warmup, total: (
-                lr * step / warmup
-                if step < warmup
-                else lr * (1 + math.cos(math.pi * step / total)) / 2
-            ),
-            "the cosine begins where the warm-up ends, at the full rate: subtract `warmup` above "
-            "and below the line",
+        "the cosine begins where the warm-up ends, at the full rate: subtract `warmup` above and "
+        "below the line": _down_by(lambda step, warmup, total: _half_wave(step / total)),
+        "a cosine ends at −1, and a rate at 0: take (1 + cos) / 2": (
+            _down_by(lambda step, warmup, total: math.cos(math.pi * _done(step, warmup, total)))
         ),
-        Mistake(
-            "down to the negative",
-            lambda step, lr, warmup, total: (
-                lr * step / warmup
-                if step < warmup
-                else lr * math.cos(math.pi * (step - warmup) / (total - warmup))
-            ),
-            "a cosine ends at −1, and a rate at 0: take (1 + cos) / 2",
+        "half a wave is meant, from the top to the bottom: it is flat at both ends": (
+            _down_by(lambda step, warmup, total: math.cos(math.pi / 2 * _done(step, warmup, total)))
         ),
-        Mistake(
-            "a quarter of a wave",
-            lambda step, lr, warmup, total: (
-                lr * step / warmup
-                if step < warmup
-                else lr * math.cos(math.pi / 2 * (step - warmup) / (total - warmup))
-            ),
-            "half a wave is meant, from the top to the bottom: it is flat at both ends",
+        "that falls along a line; a cosine is flat at first": (
+            _down_by(lambda step, warmup, total: 1 - _done(step, warmup, total))
         ),
-        Mistake(
-            "a line down",
-            lambda step, lr, warmup, total: learning_rate_at(step, lr, "linear", warmup, total),
-            "that falls along a line; a cosine is flat at first",
+        "the fall takes total − warmup steps, not total: subtract `warmup` below the line too": (
+            _down_by(lambda step, warmup, total: _half_wave((step - warmup) / total))
         ),
-    ),
-    atol=1e-12,
+        "the rate is 0 at step `total`, which is one after the last: divide by total − warmup": (
+            _down_by(lambda step, warmup, total: _half_wave((step - warmup) / (total - 1 - warmup)))
+        ),
+        "the line and the cosine come one after the other; you multiplied the two": (
+            lambda step, lr, warmup, total: lr * min(1, step / warmup) * _half_wave(step / total)
+        ),
+    },
 )
 
 
-def labels_with_end(ids: Tensor, prompt_lengths: Sequence[int], end: int) -> Tensor:
-    """Labels ``[rows, tokens]`` of rows that are padded with their own end token.
+def _done(step, warmup, total):
+    return (step - warmup) / (total - warmup)
 
-    >>> labels_with_end(torch.tensor([[5, 6, 7, 2, 2]]), [2], end=2)
-    tensor([[-100, -100,    7,    2, -100]])
-    """
+
+def labels_with_end(ids: Tensor, prompt_lengths: Sequence[int], end: int) -> Tensor:
+    """Labels `[rows, tokens]` of rows that are padded with their own end token."""
     return _labels(ids, prompt_lengths, end)
 
 
 def _labels(
-    ids: Tensor,
-    prompt_lengths: Sequence[int],
-    end: int,
+    ids,
+    prompt_lengths,
+    end,
     *,
-    shift: int = 0,
-    keep_end: bool = True,
-    keep_padding: bool = False,
-    keep_prompt: bool = False,
-    from_start: bool = False,
-) -> Tensor:
+    shift=False,
+    no_end=False,
+    padding=False,
+    prompt=False,
+    from_start=False,
+    last=False,
+):
     """The right labels, with a switch for each mistake."""
     labels = ids.clone()
     for row, length in zip(labels, prompt_lengths, strict=True):
-        start = length + shift
-        searched = 0 if from_start else length
-        ends = [i for i in range(searched, len(row)) if row[i] == end]
+        ends = [i for i in range(0 if from_start else length, len(row)) if row[i] == end]
         stop = ends[0] if ends else len(row)
-        if not keep_padding:
+        if last and ends:
+            row[stop : ends[-1]] = IGNORED
+        elif not padding:
             row[stop + 1 :] = IGNORED
-        if not keep_end:
+        if no_end:
             row[row == end] = IGNORED
-        if not keep_prompt:
-            row[:start] = IGNORED
+        if not prompt:
+            row[: length + shift] = IGNORED
     return labels
 
 
-def _rows_with_ends(random: torch.Generator) -> list[Case]:
-    """Rows whose prompt holds an end token too, as that of a second question does."""
-    cases = []
-    for _ in range(3):
+def _rows_with_ends(random: torch.Generator) -> Inputs:
+    """Rows whose prompt holds an end token too; a full row, and one cut off before its end."""
+    for end, stops in ((2, (6, 8, 7)), (0, (10, 11, 12)), (3, (7, 12, 9))):
         ids = torch.randint(5, 99, (3, 12), generator=random)
-        lengths = torch.randint(3, 6, (3,), generator=random).tolist()
-        for row, length in zip(ids, lengths, strict=True):
-            row[1] = 2
-            row[length + 3 :] = 2
-        cases.append({"ids": ids, "prompt_lengths": lengths, "end": 2})
-    return cases
+        for row, stop in zip(ids, stops, strict=True):
+            row[1] = end
+            row[stop:] = end
+        yield ids, torch.randint(3, 6, (3,), generator=random).tolist(), end
 
 
-ex_8_3 = Check(
+ex_8_3 = Exercise(
     "8.3 where did the end go?",
-    reference=labels_with_end,
-    cases=_rows_with_ends,
-    mistakes=(
-        Mistake(
-            "no end",
-            lambda ids, prompt_lengths, end: _labels(ids, prompt_lengths, end, keep_end=False),
-            "masking every token that equals the pad token masks the end of the answer as well: "
-            "the first end token after the prompt is to be learned",
+    labels_with_end,
+    _rows_with_ends,
+    because={
+        "masking every token that equals the pad token masks the end of the answer as well: the "
+        "first end token after the prompt is to be learned": (
+            lambda *given: _labels(*given, no_end=True)
         ),
-        Mistake(
-            "shifted by one",
-            lambda ids, prompt_lengths, end: _labels(ids, prompt_lengths, end, shift=1),
-            "the first token of the answer has lost its label. The loss shifts by itself: labels "
-            "stand where their tokens stand",
+        "the first token of the answer has lost its label. The loss shifts by itself: labels stand "
+        "where their tokens stand": lambda *given: _labels(*given, shift=True),
+        "the end of the answer has no label, and the first token of the answer neither": (
+            lambda *given: _labels(*given, shift=True, no_end=True)
         ),
-        Mistake(
-            "both faults",
-            lambda ids, prompt_lengths, end: _labels(
-                ids, prompt_lengths, end, shift=1, keep_end=False
-            ),
-            "the end of the answer has no label, and the first token of the answer neither",
+        "only the first end token is the answer's; those after it are padding, to be ignored": (
+            lambda *given: _labels(*given, padding=True)
         ),
-        Mistake(
-            "padding is learned",
-            lambda ids, prompt_lengths, end: _labels(ids, prompt_lengths, end, keep_padding=True),
-            "only the first end token is the answer's; those after it are padding, to be ignored",
+        "the first token of the answer has no label, and the padding has one": (
+            lambda *given: _labels(*given, shift=True, padding=True)
         ),
-        Mistake(
-            "the prompt is learned",
-            lambda ids, prompt_lengths, end: _labels(ids, prompt_lengths, end, keep_prompt=True),
-            "the prompt has labels: it is read, and not to be written",
+        "the prompt has labels: it is read, and not to be written": (
+            lambda *given: _labels(*given, prompt=True)
         ),
-        Mistake(
-            "the first end of the row",
-            lambda ids, prompt_lengths, end: _labels(ids, prompt_lengths, end, from_start=True),
-            "a prompt may hold end tokens too, of earlier turns: look for the first one after it",
+        "a prompt may hold end tokens too, of earlier turns: look for the first one after it": (
+            lambda *given: _labels(*given, from_start=True)
         ),
-    ),
+        "that keeps the *last* end token of a row, which is padding: the answer ends at the first "
+        "one": lambda *given: _labels(*given, last=True),
+    },
 )
 
 
@@ -221,276 +191,226 @@ def two_one_sided(
 ) -> dict[str, Any]:
     """The interval of the mean paired difference, and whether it lies within the margin.
 
-    ``t`` is the one-sided quantile of Student's distribution for these runs.
-
-    >>> found = two_one_sided([0.9, 0.8, 0.85], [0.9, 0.82, 0.85], 0.05, t=2.92)
-    >>> round(found["low"], 4), round(found["high"], 4), found["equivalent"]
-    (-0.0261, 0.0128, True)
+    `t` is the one-sided quantile of Student's distribution for these runs.
     """
     return _judge_pairs(first, second, margin, t)
 
 
-def _judge_pairs(
-    first: Sequence[float],
-    second: Sequence[float],
-    margin: float,
-    t: float,
-    *,
-    paired: bool = True,
-    freedom: int = 1,
-    root: bool = True,
-    verdict: Callable[[float, float, float], bool] = lambda low, high, margin: (
-        -margin < low and high < margin
-    ),
-) -> dict[str, Any]:
-    """The right test, with a switch for each mistake."""
+def _within(low, high, margin):
+    return -margin < low and high < margin
+
+
+def _judge_pairs(first, second, margin, t, *, paired=True, freedom=1, less=0, verdict=_within):
+    """The right test, with a switch for each mistake; `less` is taken from n below the root."""
     one, two = (torch.tensor(runs, dtype=torch.float64) for runs in (first, second))
-    count = len(one)
-    if paired:
-        spread = (one - two).std(correction=freedom).item()
-    else:
-        spread = (one.var() + two.var()).sqrt().item()
-    error = spread / count**0.5 if root else spread
+    spread = (one - two).std(correction=freedom) if paired else (one.var() + two.var()).sqrt()
+    error = spread.item() / (len(one) - less) ** 0.5
     mean = (one - two).mean().item()
     low, high = mean - t * error, mean + t * error
     return {"low": low, "high": high, "equivalent": bool(verdict(low, high, margin))}
 
 
-def _pairs(random: torch.Generator) -> list[Case]:
+def _verdict_by(verdict):
+    return lambda *given: _judge_pairs(*given, verdict=verdict)
+
+
+def _pairs(random: torch.Generator) -> Inputs:
     """Runs whose seeds matter much, and whose methods differ little; one pair each way."""
-    first, second = [0.93, 0.87, 0.91, 0.90], [0.90, 0.90, 0.92, 0.90]  # a mean of nearly 0
-    cases = [{"first": first, "second": second, "margin": 0.01, "t": 2.353}]
+    # A mean of nearly 0.
+    yield [0.93, 0.87, 0.91, 0.90], [0.90, 0.90, 0.92, 0.90], 0.01, 2.353
     for count, t, shift, margin in (
-        (5, 2.132, 0.004, 0.02),
+        (5, 2.132, 0.013, 0.02),
         (4, 2.353, 0.0, 0.003),
         (5, 2.132, 0.05, 0.02),
     ):
         seeds = 0.9 + 0.05 * torch.randn(count, generator=random, dtype=torch.float64)
         noise = 0.004 * torch.randn(2, count, generator=random, dtype=torch.float64)
-        first, second = seeds + shift + noise[0], seeds + noise[1]
-        cases.append({"first": first.tolist(), "second": second.tolist(), "margin": margin, "t": t})
-    return cases
+        yield (seeds + shift + noise[0]).tolist(), (seeds + noise[1]).tolist(), margin, t
 
 
-ex_8_4 = Check(
+ex_8_4 = Exercise(
     "8.4 two one-sided tests",
-    reference=two_one_sided,
-    cases=_pairs,
-    mistakes=(
-        Mistake(
-            "not paired",
-            lambda first, second, margin, t: _judge_pairs(first, second, margin, t, paired=False),
-            "runs of one seed saw the same rows: take the spread of the differences, in which what "
-            "the seeds have in common is gone",
+    two_one_sided,
+    _pairs,
+    # In float32 a difference of two accuracies is known to 1e-7.
+    atol=1e-6,
+    because={
+        "the two runs of a seed are a pair: take the spread of their differences, in which "
+        "whatever a seed does to both is gone": lambda *given: _judge_pairs(*given, paired=False),
+        "the standard deviation of a sample divides by n − 1": (
+            lambda *given: _judge_pairs(*given, freedom=0)
         ),
-        Mistake(
-            "divided by n",
-            lambda first, second, margin, t: _judge_pairs(first, second, margin, t, freedom=0),
-            "the standard deviation of a sample divides by n − 1",
+        "that is how far single runs scatter; their mean is known better, by √n": (
+            lambda first, *given: _judge_pairs(first, *given, less=len(first) - 1)
         ),
-        Mistake(
-            "no root of n",
-            lambda first, second, margin, t: _judge_pairs(first, second, margin, t, root=False),
-            "that is how far single runs scatter; their mean is known better, by √n",
+        "n − 1 belongs to the variance; the error of the mean divides by √n": (
+            lambda *given: _judge_pairs(*given, less=1)
         ),
-        Mistake(
-            "no difference found",
-            lambda first, second, margin, t: _judge_pairs(
-                first, second, margin, t, verdict=lambda low, high, margin: low <= 0 <= high
-            ),
-            "an interval that holds 0 fails to show a difference, which is not to show equality: "
-            "it has to lie within the margin as a whole",
+        "an interval that holds 0 fails to show a difference, which is not to show equality: it "
+        "has to lie within the margin as a whole": (
+            _verdict_by(lambda low, high, margin: low <= 0 <= high)
         ),
-        Mistake(
-            "only the mean",
-            lambda first, second, margin, t: _judge_pairs(
-                first,
-                second,
-                margin,
-                t,
-                verdict=lambda low, high, margin: abs(low + high) / 2 < margin,
-            ),
-            "the mean alone within the margin may be luck: both ends have to be",
+        "the mean alone within the margin may be luck: both ends have to be": (
+            _verdict_by(lambda low, high, margin: abs(low + high) / 2 < margin)
         ),
-    ),
-    atol=1e-9,
+        "one end within the margin is not enough: both have to be": (
+            _verdict_by(lambda low, high, margin: -margin < low or high < margin)
+        ),
+        "the difference is first minus second: you took second minus first": (
+            lambda first, second, *given: _judge_pairs(second, first, *given)
+        ),
+    },
 )
 
 VERDICTS = ("equivalent", "different", "not shown")
+WAYS = ("full", "lora", "qlora")
 
 
 def judge_claims() -> dict[str, str]:
-    """The verdicts on the four reports of exercise 8.5, and the way to choose.
-
-    >>> judge_claims()["b"]
-    'not shown'
-    """
-    return {
-        "a": "equivalent",
-        "b": "not shown",
-        "c": "different",
-        "d": "not shown",
-        "choose": "lora",
-    }
+    """The verdicts on the four reports of exercise 8.5, and the way to choose."""
+    reports = dict(zip("abcd", ("equivalent", "not shown", "different", "not shown"), strict=True))
+    return {**reports, "choose": "lora"}
 
 
-def _says(name: str, words: Sequence[str]) -> Callable[[Case, Any, Any], bool]:
-    return lambda _, answer, __: answer[name] in words
-
-
-def _but(**changed: str) -> Callable[[], dict[str, str]]:
-    return lambda: {**judge_claims(), **changed}
-
-
-ex_8_5 = OpenCheck(
+ex_8_5 = Exercise(
     "8.5 is the claim supported?",
-    reference=judge_claims,
-    mistakes=(
-        Mistake(
-            "another word",
-            lambda: {"a": "equal", "b": "equal", "c": "worse", "d": "better"},
-            f"answer 'a' to 'd', each with one of {VERDICTS}, and 'choose' with full, lora, qlora",
-            lambda _, answer, __: (
-                set(answer) != {"a", "b", "c", "d", "choose"}
-                or not {answer[name] for name in "abcd"} <= set(VERDICTS)
-                or answer["choose"] not in ("full", "lora", "qlora")
-            ),
+    judge_claims,
+    open=True,
+    because={
+        f"answer 'a' to 'd', each with one of {VERDICTS}, and 'choose' with full, lora, qlora": (
+            Seen(
+                lambda: {"a": "equal", "b": "equal", "c": "worse", "d": "better"},
+                lambda answer: (
+                    not {answer[name] for name in "abcd"} <= set(VERDICTS)
+                    or answer["choose"] not in WAYS
+                ),
+            )
         ),
-        Mistake(
-            "a: not believed",
-            _but(a="not shown"),
-            "(a) the whole interval lies within the margin: that is what equivalence asks, though "
-            "the difference is not nothing",
-            _says("a", ["not shown"]),
+        "(a) the whole interval lies within the margin: that is what equivalence asks, though the "
+        "difference is not nothing": chose(judge_claims, "a", "not shown"),
+        "(a) the interval is on one side of 0, so there is a difference; but it is smaller than "
+        "what was agreed beforehand to matter": chose(judge_claims, "a", "different"),
+        "(b) p = 0.5 means that no difference was found. Three runs would hardly find one: the "
+        "interval reaches far beyond the margin on both sides": (
+            chose(judge_claims, "b", "equivalent")
         ),
-        Mistake(
-            "a: a difference",
-            _but(a="different"),
-            "(a) the interval is on one side of 0, so there is a difference; but it is smaller "
-            "than what was agreed beforehand to matter",
-            _says("a", ["different"]),
+        "(b) the interval holds 0 as well as differences that would matter: nothing is shown": (
+            chose(judge_claims, "b", "different")
         ),
-        Mistake(
-            "b: not significant, so equal",
-            _but(b="equivalent"),
-            "(b) p = 0.5 means that no difference was found. Three runs would hardly find one: the "
-            "interval reaches far beyond the margin on both sides",
-            _says("b", ["equivalent"]),
+        "(c) the whole interval lies beyond the margin: what matters has been shown to differ": (
+            chose(judge_claims, "c", "not shown", "equivalent")
         ),
-        Mistake(
-            "b: a difference",
-            _but(b="different"),
-            "(b) the interval holds 0 as well as differences that would matter: nothing is shown",
-            _says("b", ["different"]),
+        "(d) one run each has no spread to compare with: the next seed may turn it round": (
+            chose(judge_claims, "d", "different", "equivalent")
         ),
-        Mistake(
-            "c: within the noise",
-            _but(c="not shown"),
-            "(c) the whole interval lies beyond the margin: what matters has been shown to differ",
-            _says("c", ["not shown", "equivalent"]),
-        ),
-        Mistake(
-            "d: the better one wins",
-            _but(d="different"),
-            "(d) one run each has no spread to compare with: the next seed may turn it round",
-            _says("d", ["different", "equivalent"]),
-        ),
-        Mistake(
-            "choose: the smallest",
-            _but(choose="qlora"),
-            "QLoRA is the smallest, but LoRA fits as well, is as good, and takes less time: bytes "
-            "that lie idle buy nothing",
-            _says("choose", ["qlora"]),
-        ),
-        Mistake(
-            "choose: the best on paper",
-            _but(choose="full"),
-            "full fine-tuning needs more than the card has",
-            _says("choose", ["full"]),
-        ),
-    ),
+        "QLoRA is the smallest, but LoRA fits as well, is as good, and takes less time: bytes that "
+        "lie idle buy nothing": chose(judge_claims, "choose", "qlora"),
+        "full fine-tuning needs more than the card has": chose(judge_claims, "choose", "full"),
+    },
 )
+
+ROWS = ("same rows, same order", "same rows", "drawn anew")
 
 
 def plan_comparison() -> dict[str, Any]:
-    """One plan for exercise 8.6; the numbers of seeds and rates are on the safe side.
-
-    >>> plan_comparison()["report_on"]
-    'test'
-    """
+    """One plan for exercise 8.6; the numbers of seeds and rates are on the safe side."""
+    rates = (1e-4, 2e-4, 4e-4, 8e-4)
     return {
-        "rates": {"lora": (1e-4, 2e-4, 4e-4, 8e-4), "qlora": (1e-4, 2e-4, 4e-4, 8e-4)},
+        "rates": {"lora": rates, "qlora": rates},
         "tune_on": "valid",
         "report_on": "test",
         "seeds": 22,
-        "rows": "the same, in the same order",
+        "rows": "same rows, same order",
         "margin": "before the runs",
     }
 
 
-def _too_few(seeds: int) -> bool:
-    """Is the interval wider than a margin of 0.02, if paired differences scatter by 0.03?"""
-    from scipy.stats import t
-
-    return seeds < 2 or float(t.ppf(0.95, seeds - 1)) * 0.03 / seeds**0.5 >= 0.02
-
-
-def _plan(**changed: Any) -> Callable[[], dict[str, Any]]:
+def _plan(**changed):
     return lambda: {**plan_comparison(), **changed}
 
 
-ex_8_6 = OpenCheck(
+def _runs(plan):
+    """How many seeds a plan has, which may also list them."""
+    seeds = plan["seeds"]
+    return len(seeds) if isinstance(seeds, list | tuple | set | range) else int(seeds)
+
+
+@cache
+def _half_widths(seeds):
+    """The half of a 90 % interval in standard deviations of the sample."""
+    from scipy.special import stdtrit  # a chapter loads faster without
+
+    return float(stdtrit(seeds - 1, 0.95)) / seeds**0.5 if seeds > 1 else math.inf
+
+
+def _chance(plan):
+    """How often equal ways are shown equivalent, if differences scatter by 0.03."""
+    seeds = min(_runs(plan), 1000)
+    draws = 0.03 * torch.randn(20_000, seeds, generator=torch.Generator().manual_seed(0))
+    widest = draws.mean(dim=1).abs() + _half_widths(seeds) * draws.std(dim=1)
+    return (widest < 0.02).float().mean().item()
+
+
+def _cannot_choose_alike(plan):
+    rates = [set(plan["rates"][way]) for way in ("lora", "qlora")]
+    return len(rates[0]) != len(rates[1]) or len(rates[0]) < 3
+
+
+ex_8_6 = Exercise(
     "8.6 a fair comparison",
-    reference=plan_comparison,
-    mistakes=(
-        Mistake(
-            "a plan with a hole",
-            lambda: {"seeds": 5},
-            "decide on 'rates', 'tune_on', 'report_on', 'seeds', 'rows' and 'margin'",
-            lambda _, plan, __: set(plan) != set(plan_comparison()),
+    plan_comparison,
+    open=True,
+    score=lambda plan: f"equal ways are shown equivalent in {_chance(plan):.0%} of such plans",
+    because={
+        "decide on 'rates', 'tune_on', 'report_on', 'seeds', 'rows' and 'margin'": Seen(
+            lambda: {"seeds": 5}, lambda plan: not set(plan) >= set(plan_comparison())
         ),
-        Mistake(
-            "one rate for both",
-            _plan(rates={"lora": (2e-4,), "qlora": (2e-4,)}),
-            "with one rate for a way, or rates that only one of them may choose from, you compare "
-            "rates: give each at least three to choose from, the same number",
-            lambda _, plan, __: (
-                set(plan["rates"]) != {"lora", "qlora"}
-                or len({len(set(rates)) for rates in plan["rates"].values()}) > 1
-                or min(len(set(rates)) for rates in plan["rates"].values()) < 3
-            ),
+        "with one rate for a way, or rates that only one of them may choose from, you compare "
+        "rates: give each at least three to choose from, the same number": Seen(
+            _plan(rates={"lora": (2e-4,), "qlora": (2e-4,)}), _cannot_choose_alike
         ),
-        Mistake(
-            "tuned on what is reported",
+        "a rate is a number above 0, and those of adapters lie far below 0.1": Seen(
+            _plan(rates={"lora": (-1.0, 0.0, 1e9), "qlora": (-1.0, 0.0, 1e9)}),
+            lambda plan: not all(0 < rate < 0.1 for way in plan["rates"].values() for rate in way),
+        ),
+        "whoever chooses rates on the rows that are reported reports how well they chose: tune on "
+        "one split, report another, and neither of them is the training split": Seen(
             _plan(tune_on="test"),
-            "whoever chooses rates on the rows that are reported reports how well they chose: "
-            "tune on one split, report another, and neither of them is the training split",
-            lambda _, plan, __: (
+            lambda plan: (
                 plan["tune_on"] == plan["report_on"]
-                or "train" in (plan["tune_on"], plan["report_on"])
-                or plan["report_on"] not in ("valid", "test")
+                or not {plan["tune_on"], plan["report_on"]} <= {"valid", "test"}
             ),
         ),
-        Mistake(
-            "too few seeds",
-            _plan(seeds=5),
-            "with differences that scatter by 0.03, and this many seeds, the interval is wider "
-            "than the margin even if the mean is exactly 0: equivalence cannot be shown, whatever "
-            "comes out. Put numbers into t · s / √n",
-            lambda _, plan, __: _too_few(plan["seeds"]),
+        "the test rows are kept for the report: tune on the others": Seen(
+            _plan(tune_on="test", report_on="valid"), lambda plan: plan["tune_on"] == "test"
         ),
-        Mistake(
-            "each its own rows",
-            _plan(rows="drawn anew for each"),
-            "then rows differ as well as ways; with the same rows in the same order the runs of a "
-            "seed are pairs, and most of what a seed does cancels",
-            lambda _, plan, __: "same" not in plan["rows"],
+        "with differences that scatter by 0.03, and this many seeds, the interval is wider than "
+        "the margin even if the mean is exactly 0: equivalence cannot be shown, whatever comes "
+        "out. Put numbers into t · s / √n": Seen(
+            _plan(seeds=5), lambda plan: 0.03 * _half_widths(_runs(plan)) >= 0.02
         ),
-        Mistake(
-            "a margin that fits",
-            _plan(margin="after the runs"),
-            "a margin chosen after a look can always be made to fit",
-            lambda _, plan, __: "before" not in plan["margin"],
+        "the interval is narrow enough only if the mean happens to be near 0: most such plans "
+        "would not show that equal ways are equivalent. Take more seeds": Seen(
+            _plan(seeds=9), lambda plan: _chance(plan) < 0.5
         ),
-    ),
+        f"'rows' is one of {ROWS}, and 'margin' 'before the runs' or 'after the runs'": Seen(
+            _plan(rows="as they come"),
+            lambda plan: (
+                plan["rows"] not in ROWS
+                or plan["margin"] not in ("before the runs", "after the runs")
+            ),
+        ),
+        "then rows differ as well as ways; with the same rows in the same order the runs of a seed "
+        "are pairs, and whatever the rows do to both cancels": Seen(
+            _plan(rows="drawn anew"), lambda plan: plan["rows"] == "drawn anew"
+        ),
+        "the same rows in another order are another run: let both ways read them in one order": (
+            Seen(_plan(rows="same rows"), lambda plan: plan["rows"] == "same rows")
+        ),
+        "a margin chosen after a look can always be made to fit": Seen(
+            _plan(margin="after the runs"), lambda plan: plan["margin"] == "after the runs"
+        ),
+    },
 )
+
+EXERCISES = (ex_8_1, ex_8_2, ex_8_3, ex_8_4, ex_8_5, ex_8_6)

@@ -3,398 +3,356 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_edu.course.exercises.chapter_00 import ROUNDING
-from qlora_edu.course.exercises.core import Case, Check, Mistake, OpenCheck
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen
 from qlora_edu.production.config import FinetuneConfig
 
-CARDS = (16, 24, 48, 80)
-# Not experiments: how long the run is, what it is called and how many answers are looked at.
-FREE_SETTINGS = set("name max_steps answer_rows output_dir sample_steps save_steps seed".split())
+
+def optimizer_steps(
+    rows: int, batch_size: int, gradient_accumulation_steps: int, epochs: int
+) -> int:
+    """Updates of the weights; an epoch's last, smaller batch is one of them."""
+    return epochs * math.ceil(rows / (batch_size * gradient_accumulation_steps))
 
 
-def optimizer_steps(rows: int, batch_size: int, accumulation: int, epochs: int) -> int:
-    """Updates of the weights; an epoch's last, smaller batch is one of them.
-
-    >>> optimizer_steps(rows=10, batch_size=2, accumulation=2, epochs=2)
-    6
-    """
-    return epochs * math.ceil(rows / (batch_size * accumulation))
+ex_9_1 = Exercise(
+    "9.1 how many steps?",
+    optimizer_steps,
+    [(1000, 4, 8, 3), (96, 2, 16, 2), (101, 10, 1, 2)],
+    because={
+        "those are forward and backward passes; a step comes after gradient_accumulation_steps of "
+        "them": (lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch)),
+        "the last, smaller batch of an epoch is a step too: round up": (
+            lambda rows, batch, gathered, epochs: epochs * (rows // (batch * gathered))
+        ),
+        "each epoch ends with its own smaller batch: round up before multiplying by epochs": (
+            lambda rows, batch, gathered, epochs: math.ceil(epochs * rows / (batch * gathered))
+        ),
+        "accumulation makes fewer steps, not more: it gathers rows for each of them": (
+            lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch) * gathered
+        ),
+        "if nothing is left over there is no smaller batch: rounding up is not adding one": (
+            lambda rows, batch, gathered, epochs: epochs * (rows // (batch * gathered) + 1)
+        ),
+        "those are the steps of one epoch": (
+            lambda rows, batch, gathered, epochs: math.ceil(rows / (batch * gathered))
+        ),
+        "there is no part of a step: round up": (
+            lambda rows, batch, gathered, epochs: epochs * rows / (batch * gathered)
+        ),
+    },
+)
 
 
 def completion_labels(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    """Labels of one padded row, -100 on the prompt and on padding.
+    """Labels of one padded row, -100 on the prompt and on padding."""
+    return _labels(input_ids, prompt_length, attention_mask == 0)
 
-    >>> completion_labels(torch.tensor([7, 8, 2, 2]), 1, torch.tensor([1, 1, 1, 0]))
-    tensor([-100,    8,    2, -100])
-    """
-    labels = input_ids.clone()
-    labels[:prompt_length] = -100
-    labels[attention_mask == 0] = -100
+
+def _labels(ids, prompt_length, padding, ignored=-100):
+    labels = ids.masked_fill(padding, ignored)
+    labels[: max(0, prompt_length)] = ignored
     return labels
 
 
-def merged_weight(W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
-    """``W + ΔW``, ``[out, in]``.
+def _end_token_masked(ids, prompt_length, mask):
+    return completion_labels(ids, prompt_length, mask).masked_fill(ids == 2, -100)
 
-    >>> merged_weight(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), lora_alpha=2, r=1)
-    tensor([[2., 2.]])
-    """
+
+def _shifted(ids, prompt_length, mask):
+    labels = completion_labels(ids, prompt_length, mask)
+    return torch.cat([labels[1:], labels.new_tensor([-100])])
+
+
+def _prompt_trained(ids, prompt_length, mask):
+    return torch.cat([ids[:prompt_length], torch.full_like(ids[prompt_length:], -100)])
+
+
+def _padded_rows(random: torch.Generator) -> Inputs:
+    """Rows with padding, with padding that looks like the end token (2), and without any."""
+    for prompt, answer, pads, pad in ((5, 3, 3, 0), (4, 2, 3, 2), (3, 4, 0, 0)):
+        words = torch.randint(10, 99, (prompt + answer,), generator=random)
+        ids = torch.cat([words, torch.tensor([2]), torch.full((pads,), pad)])
+        yield ids, prompt, torch.tensor([1] * (prompt + answer + 1) + [0] * pads)
+
+
+ex_9_2 = Exercise(
+    "9.2 the completion mask",
+    completion_labels,
+    _padded_rows,
+    because={
+        "the prompt is trained on as well; set its labels to -100": (
+            lambda ids, prompt_length, mask: _labels(ids, 0, mask == 0)
+        ),
+        "the padding carries labels; the attention mask says where it is": (
+            lambda ids, prompt_length, mask: _labels(ids, prompt_length, mask < 0)
+        ),
+        "the answer's end token has no label, so the model never learns to stop; mask padding by "
+        "position, not by the value of the token": _end_token_masked,
+        "the labels are shifted by one; the model's loss does that itself": _shifted,
+        "that trains on the prompt and ignores the answer: the wrong way round": _prompt_trained,
+        "the last token is not always padding, and padding may equal the end token: the attention "
+        "mask says where it is": (
+            lambda ids, prompt_length, mask: _labels(ids, prompt_length, ids == ids[-1])
+        ),
+        "0 is a token like any other: what the loss ignores is -100": (
+            lambda ids, prompt_length, mask: _labels(ids, prompt_length, mask == 0, ignored=0)
+        ),
+        "the answer's first token has no label: it stands at index prompt_length": (
+            lambda ids, prompt_length, mask: _labels(ids, prompt_length + 1, mask == 0)
+        ),
+        "the prompt's last token has a label: it stands at index prompt_length − 1": (
+            lambda ids, prompt_length, mask: _labels(ids, prompt_length - 1, mask == 0)
+        ),
+    },
+)
+
+
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
+    """`W + ΔW`, `[out, in]`."""
     return W + (lora_alpha / r) * (B @ A)
+
+
+def _adapters(random: torch.Generator) -> Inputs:
+    """Square weights, whose transposed product shows by its numbers alone; one that is not."""
+    for n_out, n_in, r, lora_alpha in ((4, 4, 2, 8.0), (3, 3, 3, 2.0), (4, 6, 2, 5.0)):
+        shapes = ((n_out, n_in), (r, n_in), (n_out, r))
+        yield *(torch.randn(*shape, generator=random) for shape in shapes), lora_alpha, r
+
+
+ex_9_3 = Exercise(
+    "9.3 find the bugs",
+    merged_weight,
+    _adapters,
+    # The sums may be taken in another order; every listed mistake is off by more.
+    atol=1e-4,
+    because={
+        "that is still the colleague's: AᵀBᵀ is (BA)ᵀ, and the factor is α, not α/r": (
+            lambda W, A, B, alpha, r: W + alpha * (A.T @ B.T)
+        ),
+        "the product is right now; the factor is α/r, not α": (
+            lambda W, A, B, alpha, r: W + alpha * (B @ A)
+        ),
+        "the factor is right now; AᵀBᵀ is (BA)ᵀ, [in, out], which nobody notices while W is "
+        "square": lambda W, A, B, alpha, r: W + (alpha / r) * (A.T @ B.T),
+        "that is ΔW; the merged weight is W + ΔW": (
+            lambda W, A, B, alpha, r: (alpha / r) * (B @ A)
+        ),
+        "α/√r is another method (rsLoRA); this adapter was trained with α/r": (
+            lambda W, A, B, alpha, r: W + (alpha / r**0.5) * (B @ A)
+        ),
+        "the factor is upside down: α/r, not r/α": (
+            lambda W, A, B, alpha, r: W + (r / alpha) * (B @ A)
+        ),
+        "B stands before A: B @ A is [out, in], as W is": (
+            lambda W, A, B, alpha, r: W + (alpha / r) * (A @ B)
+        ),
+        "the adapter is added to the weight; subtracting it takes a merged one out again": (
+            lambda W, A, B, alpha, r: W - (alpha / r) * (B @ A)
+        ),
+        "// rounds α/r down to a whole number": (
+            lambda W, A, B, alpha, r: W + (alpha // r) * (B @ A)
+        ),
+    },
+)
+
+CARDS = (16, 24, 48, 80)
 
 
 def smallest_card(
     linear: int, rest: int, adapter: int, activations_gb: float, cards: Sequence[int] = CARDS
 ) -> int | None:
-    """The smallest card, in GB, that holds a QLoRA run; None if none does.
+    """The smallest card, in GB, that holds a QLoRA run; None if none does."""
+    return _card(_gigabytes(linear, rest, adapter, activations_gb), cards)
 
-    >>> smallest_card(1_000_000_000, 0, 0, activations_gb=1.0)
-    16
-    """
-    needed = (linear * 4.127 / 8 + rest * 2 + adapter * 16) / 1e9 + activations_gb
+
+def _card(needed, cards):
     return min((card for card in cards if card >= needed), default=None)
+
+
+def _gigabytes(linear, rest, adapter, activations, bits=4.127, rest_bytes=2, adapter_bytes=16):
+    held = linear * bits / 8 + rest * rest_bytes + adapter * adapter_bytes
+    return held / 1e9 + activations
+
+
+def _card_with(**changes):
+    """Choose by another sum."""
+    return lambda *given: _card(_gigabytes(*given[:4], **changes), given[4])
+
+
+def _runs(random: torch.Generator) -> Inputs:
+    """Runs just above a card because of one part, which leaves it out and finds another card."""
+    billion, every = 1_000_000_000, tuple(range(40, 81))
+    return [
+        (10 * billion, billion // 5, billion * 4 // 5, 1.0, CARDS),
+        (20 * billion, 0, 0, 8.0, CARDS),
+        (28 * billion, 0, billion * 3 // 10, 0.5, CARDS),
+        (29 * billion, billion // 2, 0, 0.5, CARDS),
+        (200 * billion, 0, 0, 1.0, CARDS),
+        (0, 7 * billion, 0, 2.0, CARDS),  # 16 GB to the byte
+        # Cards of every size: a gigabyte more or less shows.
+        (70 * billion, 2 * billion, billion, 3.6, every),
+        (33 * billion, 6 * billion, billion // 2, 9.1, every),
+    ]
+
+
+ex_9_4 = Exercise(
+    "9.4 which card?",
+    smallest_card,
+    _runs,
+    because={
+        "the activations need room too, on top of everything that is counted": (
+            lambda linear, rest, adapter, activations, cards: smallest_card(
+                linear, rest, adapter, 0, cards
+            )
+        ),
+        "an adapter parameter costs 16 bytes: itself, its gradient, and Adam's two states": (
+            _card_with(adapter_bytes=4)
+        ),
+        "the adapters, their gradients and Adam's states are missing": _card_with(adapter_bytes=0),
+        "embeddings and output head are not quantised: 2 bytes each": (
+            _card_with(rest_bytes=4.127 / 8)
+        ),
+        "4.127 are bits; divide by 8 for bytes": _card_with(bits=4.127 * 8),
+        "12 bytes for an adapter parameter are one number too few: itself, its gradient and two "
+        "states are four, of 4 bytes each": _card_with(adapter_bytes=12),
+        "adapters are float32 here: 4 bytes and not 2 for a parameter itself": (
+            _card_with(adapter_bytes=14)
+        ),
+        "with the constants of its blocks a weight takes 4.127 bits, not 4": _card_with(bits=4.0),
+        "4.5 bits are those without double quantisation; here it is 4.127": _card_with(bits=4.5),
+        "what is not a linear layer stays in 16 bits, which are 2 bytes and not 4": (
+            _card_with(rest_bytes=4)
+        ),
+        "that divides by 2³⁰, for GiB; the cards are in GB, of 10⁹ bytes": (
+            lambda *given: _card(_gigabytes(*given[:3], 0) * 1e9 / 2**30 + given[3], given[4])
+        ),
+        "what is exactly as large as the card fits: >=, not >": (
+            lambda *given: _card(_gigabytes(*given[:4]) + 1e-6, given[4])
+        ),
+        "no card holds this run: say so, with None": (
+            lambda *given: smallest_card(*given) or max(given[4])
+        ),
+        "that is how much is needed; asked for is the smallest card that has as much": (
+            lambda *given: _gigabytes(*given[:4])
+        ),
+    },
+)
 
 
 def resumes_to_the_same(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
-    """Does a run that kept only ``saved`` end as if it had not been interrupted?
+    """Does a run that kept only `saved` end as if it had not been interrupted?"""
+    return _needs(saved, optimizer, lora_dropout)
 
-    >>> resumes_to_the_same(("adapter", "step"), optimizer="sgd", lora_dropout=0.0)
-    True
-    """
-    needed = {"adapter", "step"}
-    if optimizer == "adamw":
-        needed.add("optimizer")
-    if lora_dropout > 0:
-        needed.add("dice")
+
+def _needs(
+    saved,
+    optimizer,
+    dropout,
+    always=("adapter", "step"),
+    adamw=("optimizer",),
+    drops=("rng_state",),
+):
+    needed = {*always, *(adamw if optimizer == "adamw" else ()), *(drops if dropout > 0 else ())}
     return needed <= set(saved)
 
 
-def my_config() -> FinetuneConfig:
-    """The embedded preset with one setting changed.
-
-    >>> my_config().r
-    2
-    """
-    return FinetuneConfig.from_preset("embedded", max_steps=200, answer_rows=60, r=2)
-
-
-ex_9_1 = Check(
-    "9.1 how many steps?",
-    reference=optimizer_steps,
-    cases=lambda random: [
-        {"rows": 1000, "batch_size": 4, "accumulation": 8, "epochs": 3},
-        {"rows": 96, "batch_size": 2, "accumulation": 16, "epochs": 2},
-        {"rows": 101, "batch_size": 10, "accumulation": 1, "epochs": 2},
-    ],
-    mistakes=(
-        Mistake(
-            "no accumulation",
-            lambda rows, batch_size, accumulation, epochs: epochs * math.ceil(rows / batch_size),
-            "those are forward and backward passes; a step comes after `accumulation` of them",
-        ),
-        Mistake(
-            "rounded down",
-            lambda rows, batch_size, accumulation, epochs: (
-                epochs * (rows // (batch_size * accumulation))
-            ),
-            "the last, smaller batch of an epoch is a step too: round up",
-        ),
-        Mistake(
-            "rounded at the end",
-            lambda rows, batch_size, accumulation, epochs: math.ceil(
-                epochs * rows / (batch_size * accumulation)
-            ),
-            "each epoch ends with its own smaller batch: round up before multiplying by epochs",
-        ),
-        Mistake(
-            "accumulation multiplies",
-            lambda rows, batch_size, accumulation, epochs: (
-                epochs * math.ceil(rows / batch_size) * accumulation
-            ),
-            "accumulation makes fewer steps, not more: it gathers rows for each of them",
-        ),
-    ),
-)
-
-
-def _padded_rows(random: torch.Generator) -> Sequence[Case]:
-    def row(prompt: int, answer: int, pads: int, pad: int) -> Case:
-        words = torch.randint(10, 99, (prompt + answer,), generator=random)
-        ids = torch.cat([words, torch.tensor([2]), torch.full((pads,), pad)])
-        mask = torch.tensor([1] * (prompt + answer + 1) + [0] * pads)
-        return {"input_ids": ids, "prompt_length": prompt, "attention_mask": mask}
-
-    # In the second row pad and EOS are the same token, 2.
-    return [row(5, 3, 3, 0), row(4, 2, 3, 2), row(3, 4, 0, 0)]
-
-
-def _everything_real(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    return input_ids.masked_fill(attention_mask == 0, -100)
-
-
-def _padding_trained(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    labels = input_ids.clone()
-    labels[:prompt_length] = -100
-    return labels
-
-
-def _end_token_masked(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    labels = completion_labels(input_ids, prompt_length, attention_mask)
-    labels[labels == 2] = -100
-    return labels
-
-
-def _shifted(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    labels = completion_labels(input_ids, prompt_length, attention_mask)
-    return torch.cat([labels[1:], labels.new_tensor([-100])])
-
-
-def _prompt_trained(input_ids: Tensor, prompt_length: int, attention_mask: Tensor) -> Tensor:
-    labels = torch.full_like(input_ids, -100)
-    labels[:prompt_length] = input_ids[:prompt_length]
-    return labels
-
-
-ex_9_2 = Check(
-    "9.2 the completion mask",
-    reference=completion_labels,
-    cases=_padded_rows,
-    mistakes=(
-        Mistake(
-            "prompt trained on too",
-            _everything_real,
-            "the prompt is trained on as well; set its labels to -100",
-        ),
-        Mistake(
-            "padding trained on",
-            _padding_trained,
-            "the padding carries labels; the attention mask says where it is",
-        ),
-        Mistake(
-            "end token masked",
-            _end_token_masked,
-            "the answer's end token has no label, so the model never learns to stop; mask "
-            "padding by position, not by the value of the token",
-        ),
-        Mistake(
-            "shifted", _shifted, "the labels are shifted by one; the model's loss does that itself"
-        ),
-        Mistake(
-            "the wrong half",
-            _prompt_trained,
-            "that trains on the prompt and ignores the answer: the wrong way round",
-        ),
-    ),
-)
-
-
-def _adapters(random: torch.Generator) -> Sequence[Case]:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random)
-
-    return [
-        {"W": normal(4, 4), "A": normal(2, 4), "B": normal(4, 2), "lora_alpha": 8.0, "r": 2},
-        {"W": normal(3, 3), "A": normal(3, 3), "B": normal(3, 3), "lora_alpha": 2.0, "r": 3},
-    ]
-
-
-ex_9_3 = Check(
-    "9.3 find the bugs",
-    reference=merged_weight,
-    cases=_adapters,
-    mistakes=(
-        Mistake(
-            "transposed product, alpha alone",
-            lambda W, A, B, lora_alpha, r: W + lora_alpha * (A.T @ B.T),
-            "that is still the colleague's: AᵀBᵀ is (BA)ᵀ, and the factor is α, not α/r",
-        ),
-        Mistake(
-            "alpha alone",
-            lambda W, A, B, lora_alpha, r: W + lora_alpha * (B @ A),
-            "the product is right now; the factor is α/r, not α",
-        ),
-        Mistake(
-            "transposed product",
-            lambda W, A, B, lora_alpha, r: W + (lora_alpha / r) * (A.T @ B.T),
-            "the factor is right now; AᵀBᵀ is (BA)ᵀ, [in, out], which nobody notices while W "
-            "is square",
-        ),
-        Mistake(
-            "base left out",
-            lambda W, A, B, lora_alpha, r: (lora_alpha / r) * (B @ A),
-            "that is ΔW; the merged weight is W + ΔW",
-        ),
-        Mistake(
-            "root of r",
-            lambda W, A, B, lora_alpha, r: W + (lora_alpha / r**0.5) * (B @ A),
-            "α/√r is another method (rsLoRA); this adapter was trained with α/r",
-        ),
-    ),
-    atol=ROUNDING,
-)
-
-
-def _fits(needed: float, cards: Sequence[int]) -> int | None:
-    return min((card for card in cards if card >= needed), default=None)
-
-
-def _runs(random: torch.Generator) -> Sequence[Case]:
-    # Each run is just above a card because of one part: leave that part out, and the card changes.
-    parts = ("linear", "rest", "adapter", "activations_gb")
-    billion = 1_000_000_000
-    return [
-        dict(zip(parts, run, strict=True))
-        for run in (
-            (10 * billion, billion // 5, billion * 4 // 5, 1.0),
-            (20 * billion, 0, 0, 8.0),
-            (28 * billion, 0, billion * 3 // 10, 0.5),
-            (29 * billion, billion // 2, 0, 0.5),
-            (200 * billion, 0, 0, 1.0),
-        )
-    ]
-
-
-def _without(part: str) -> Any:
-    def wrong(
-        linear: int, rest: int, adapter: int, activations_gb: float, cards: Sequence[int] = CARDS
-    ) -> int | None:
-        bytes_each = 0 if part == "adapter" else 4 if part == "optimizer" else 16
-        rest_bytes = 4.127 / 8 if part == "rest" else 2
-        needed = (linear * 4.127 / 8 + rest * rest_bytes + adapter * bytes_each) / 1e9
-        return _fits(needed + (0 if part == "activations" else activations_gb), cards)
-
-    return wrong
-
-
-def _bits_as_bytes(
-    linear: int, rest: int, adapter: int, activations_gb: float, cards: Sequence[int] = CARDS
-) -> int | None:
-    return _fits((linear * 4.127 + rest * 2 + adapter * 16) / 1e9 + activations_gb, cards)
-
-
-ex_9_4 = Check(
-    "9.4 which card?",
-    reference=smallest_card,
-    cases=_runs,
-    mistakes=(
-        Mistake(
-            "no activations",
-            _without("activations"),
-            "the activations need room too, on top of everything that is counted",
-        ),
-        Mistake(
-            "no optimizer states",
-            _without("optimizer"),
-            "an adapter parameter costs 16 bytes: itself, its gradient, and Adam's two states",
-        ),
-        Mistake(
-            "no adapter",
-            _without("adapter"),
-            "the adapters, their gradients and Adam's states are missing",
-        ),
-        Mistake(
-            "all in 4 bits",
-            _without("rest"),
-            "embeddings and output head are not quantised: 2 bytes each",
-        ),
-        Mistake("bits as bytes", _bits_as_bytes, "4.127 are bits; divide by 8 for bytes"),
-    ),
-)
-
-
-def _checkpoints(random: torch.Generator) -> Sequence[Case]:
-    names = ("saved", "optimizer", "lora_dropout")
-    everything = ("adapter", "optimizer", "step", "dice")
+def _checkpoints(random: torch.Generator) -> Inputs:
+    everything = ("adapter", "optimizer", "step", "rng_state")
     without = [tuple(part for part in everything if part != left_out) for left_out in everything]
     return [
-        dict(zip(names, (saved, optimizer, lora_dropout), strict=True))
+        (saved, optimizer, lora_dropout)
         for saved in (everything, *without, ("adapter", "step"))
         for optimizer in ("adamw", "sgd")
         for lora_dropout in (0.0, 0.1)
     ]
 
 
-def _needs(*always: str, adamw: str = "optimizer", rng_state: bool = True) -> Any:
-    def wrong(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
-        needed = set(always) | ({adamw} if optimizer == "adamw" else set())
-        return needed | ({"dice"} if rng_state and lora_dropout > 0 else set()) <= set(saved)
-
-    return wrong
-
-
-ex_9_5 = Check(
+ex_9_5 = Exercise(
     "9.5 what must be on the disk?",
-    reference=resumes_to_the_same,
-    cases=_checkpoints,
-    mistakes=(
-        Mistake(
-            "the adapter is enough",
-            _needs("adapter", adamw="adapter", rng_state=False),
-            "AdamW begins again with empty means, and its first steps have another size",
+    resumes_to_the_same,
+    _checkpoints,
+    because={
+        "AdamW begins again with empty means, and its first steps have another size": (
+            lambda *given: _needs(*given, always=("adapter",), adamw=(), drops=())
         ),
-        Mistake(
-            "no step",
-            _needs("adapter"),
-            "the step decides which rows come next (and the learning rate): without it the run "
-            "reads the first rows again",
+        "the step decides which rows come next (and the learning rate): without it the run reads "
+        "the first rows again": lambda *given: _needs(*given, always=("adapter",)),
+        "with dropout, another random state switches other numbers off": (
+            lambda *given: _needs(*given, drops=())
         ),
-        Mistake(
-            "no dice",
-            _needs("adapter", "step", rng_state=False),
-            "with dropout, other dice switch other numbers off",
+        "plain SGD has no state to lose, and without dropout nothing is drawn at random": (
+            lambda *given: _needs(*given, always=("adapter", "optimizer", "step", "rng_state"))
         ),
-        Mistake(
-            "everything, always",
-            _needs("adapter", "step", "optimizer", "dice"),
-            "plain SGD has no state to lose, and without dropout nobody throws the dice",
+        "the step is needed with SGD too: it says which rows come next": (
+            lambda *given: _needs(*given, always=("adapter",), adamw=("optimizer", "step"))
         ),
-    ),
+        "without the adapter all that was trained is lost": (
+            lambda *given: _needs(*given, always=("step",))
+        ),
+        "plain SGD has no state to lose": (
+            lambda *given: _needs(*given, always=("adapter", "optimizer", "step"))
+        ),
+        "without dropout nothing is drawn at random": (
+            lambda *given: _needs(*given, always=("adapter", "step", "rng_state"))
+        ),
+        "AdamW remembers two numbers for each parameter: without them its steps are others": (
+            lambda *given: _needs(*given, adamw=())
+        ),
+    },
 )
 
 
-def _changed(config: Any) -> set[str]:
-    preset = FinetuneConfig.from_preset("embedded")
+def my_config() -> FinetuneConfig:
+    """The embedded preset with one setting changed."""
+    return _preset(max_steps=200, answer_rows=60, r=2)
+
+
+def _preset(**changes):
+    return FinetuneConfig.from_preset("embedded", **changes)
+
+
+# Not experiments: how long the run is, what it is called, what is looked at and how often.
+FREE_SETTINGS = set(
+    "name max_steps held_out_rows answer_rows output_dir sample_steps save_steps save_total_limit "
+    "logging_steps seed".split()
+)
+# They move memory and time; the numbers that are trained stay the same.
+IDLE_SETTINGS = set("optim eval_batch_size gradient_checkpointing".split())
+
+
+def _changed(config):
+    preset = _preset()
     names = {field.name for field in fields(preset)} - FREE_SETTINGS
     return {name for name in names if getattr(config, name) != getattr(preset, name)}
 
 
-def _preset(**changes: Any) -> FinetuneConfig:
-    return FinetuneConfig.from_preset("embedded", **changes)
-
-
-ex_9_6 = OpenCheck(
+ex_9_6 = Exercise(
     "9.6 one change",
-    reference=my_config,
-    mistakes=(
-        Mistake(
-            "a dictionary",
-            lambda: {"r": 2},
-            'return a FinetuneConfig: FinetuneConfig.from_preset("embedded", ...)',
-            lambda case, config, _: not isinstance(config, FinetuneConfig),
+    my_config,
+    open=True,
+    because={
+        'return a FinetuneConfig: FinetuneConfig.from_preset("embedded", ...)': Seen(
+            lambda: {"r": 2}, lambda config: not isinstance(config, FinetuneConfig)
         ),
-        Mistake(
-            "other data",
+        "with other data or another model the two runs cannot be compared": Seen(
             lambda: _preset(held_out_data="data/tasks/valid.jsonl"),
-            "with other data or another model the two runs cannot be compared",
-            lambda case, config, _: bool(
-                _changed(config) & {"model", "train_data", "held_out_data"}
-            ),
+            lambda config: bool(_changed(config) & {"model", "train_data", "held_out_data"}),
         ),
-        Mistake(
-            "nothing changed",
-            lambda: _preset(max_steps=200),
-            "nothing is changed that could teach you anything; change one setting",
-            lambda case, config, _: not _changed(config),
+        "nothing is changed that could teach you anything; change one setting": Seen(
+            lambda: _preset(max_steps=200), lambda config: not _changed(config)
         ),
-        Mistake(
-            "two changes",
+        "that moves memory or time, and not the held-out loss; change what is trained": Seen(
+            lambda: _preset(optim="adamw_torch"), lambda config: _changed(config) <= IDLE_SETTINGS
+        ),
+        "more than one setting is changed; you will not know which of them did it": Seen(
             lambda: _preset(r=2, lora_alpha=4.0),
-            "more than one setting is changed; you will not know which of them did it",
-            lambda case, config, _: len(_changed(config)) > 1,
+            lambda config: len(_changed(config) - IDLE_SETTINGS) > 1,
         ),
-    ),
+    },
 )
+
+EXERCISES = (ex_9_1, ex_9_2, ex_9_3, ex_9_4, ex_9_5, ex_9_6)

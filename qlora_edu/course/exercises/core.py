@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_edu.course import passed
+from qlora_edu.course.progress import record
 
 Inputs = Sequence[tuple]
 Answer = Callable[..., Any]
@@ -114,19 +114,23 @@ class Exercise:
         made = self.inputs(torch.Generator().manual_seed(seed)) if callable(self.inputs) else None
         return tuple(self.inputs if made is None else made)
 
+    @cached_property
+    def _right(self) -> tuple:
+        return tuple(self.reference(*case) for case in self.cases())
+
     def cases(self) -> Inputs:
         """The tuples of arguments that an answer is tried on, as copies; always the same."""
         return deepcopy(self._cases)
 
     def __call__(self, answer: Answer | str) -> None:
         """Print the verdict on an answer, or on the caller's function of that name; keep a pass."""
+        self._own = None
         if isinstance(answer, str):
             here = inspect.currentframe().f_back.f_globals
             if answer not in here:
                 print(self._missing(answer, here))
                 return
             answer = here[answer]
-        self._own = None
         if answer is self.reference:
             print(f"○ {self.title} (this is the course's version; to check yours, run its cell)")
             return
@@ -134,7 +138,7 @@ class Exercise:
         print(verdict)
         if verdict.mark == "✓":
             self._own = answer
-            passed.record(self.number)
+            record(self.number)
 
     @property
     def answer(self) -> Answer:
@@ -146,7 +150,7 @@ class Exercise:
         own = self._own
         if own is None:
             return self.reference
-        model = self.reference(*self.cases()[0])
+        model = self._right[0]
 
         @functools.wraps(own)
         def answer(*arguments: Any, **named: Any) -> Any:
@@ -171,8 +175,8 @@ class Exercise:
             return self._fail((), show(answer), "a function", "pass the function, not its result")
         if because := self._misfit(answer):
             return self._fail((), "", "", because)
-        for case in self._cases:
-            expected = self.reference(*deepcopy(case))
+        given = []
+        for case, expected in zip(self._cases, self._right, strict=True):
             shown = "" if self.open else show(expected)
             try:
                 yours = self._ask(answer, case)
@@ -187,19 +191,19 @@ class Exercise:
                 because = because or "your function returned nothing: is there a `return`?"
                 return self._fail(case, "None", shown, because)
             if self.open:
-                yours = alike(yours, expected)
+                given.append(yours := alike(yours, expected))
                 if because := not_finite(yours) or self._explain(answer, case, yours, expected):
-                    return self._fail(case, show(yours), "", because, self._score(answer))
+                    return self._fail(case, show(yours), "", because, self._score(given))
             elif not same(yours, expected, self.atol):
                 because = self._explain(answer, case, alike(yours, expected), expected)
                 because = because or unlike(yours, expected, self.atol)
                 because = because or "that is not the right value; Hint 1 may help"
-                return self._fail(case, *show_both(yours, expected), because)
+                return self._fail(case, *show_both(yours, expected, self.atol), because)
         if self.exact_dtype and dtype(yours) != dtype(expected):
             because = f"the values are right, their type is not: {dtype(expected)} is asked for"
             return self._fail(case, dtype(yours), dtype(expected), because)
         tried = f" ({len(self._cases)} cases)" if len(self._cases) > 1 else ""
-        return Verdict("✓", self.title + tried, score=self._score(answer))
+        return Verdict("✓", self.title + tried, score=self._score(given))
 
     def _ask(self, answer: Answer, case: tuple) -> Any:
         """Call by position: names are the reader's own; by name where only the order is another."""
@@ -243,7 +247,7 @@ class Exercise:
         returned = False
         for i, case in enumerate(self.cases()):
             yours, its = theirs(i), attempt(wrong, *case)
-            if isinstance(yours, Exception) or isinstance(its, Exception):
+            if isinstance(yours, BaseException) or isinstance(its, BaseException):
                 if type(yours) is not type(its):
                     return False
             elif not same(yours, its, self.atol):
@@ -252,11 +256,9 @@ class Exercise:
                 returned = True
         return returned
 
-    def _score(self, answer: Answer) -> str:
+    def _score(self, given: list) -> str:
         try:
-            given = [self._ask(answer, case) for case in self._cases] if self.score else []
-            pairs = zip(given, self.cases(), strict=True)
-            return self.score(*(alike(yours, self.reference(*case)) for yours, case in pairs))
+            return str(self.score(*given))
         except Exception:  # no score, or an answer that cannot have one
             return ""
 
@@ -287,7 +289,7 @@ def attempt(function: Answer, *arguments: Any) -> Any:
     """What a function returns, or the exception that it raises."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return error
 
 
@@ -306,6 +308,17 @@ def faults_left(broken: Answer, **told: str) -> dict[str, Answer]:
         )
         for names in sets
     }
+
+
+def chose(reference: Answer, situation: str, *answers: str) -> Seen:
+    """The wrong choice of one of `answers` in a situation, where a dictionary of choices is asked.
+
+    >>> chose(lambda: {"a": "yes", "b": "no"}, "b", "yes").wrong()
+    {'a': 'yes', 'b': 'yes'}
+    """
+    return Seen(
+        lambda: {**reference(), situation: answers[0]}, lambda given: given[situation] in answers
+    )
 
 
 def raised(error: BaseException, answer: Answer) -> str:
@@ -365,10 +378,13 @@ def _right(yours: Any, expected: Any, atol: float) -> Tensor | None:
     numbers, wanted = as_numbers(yours), as_numbers(expected)
     if numbers is None or wanted is None or numbers.shape != wanted.shape:
         return None
-    right = (numbers == wanted) | ((numbers - wanted).abs() <= atol)
-    if dtype(expected) != "float32" and (atol or dtype(yours) == "float32"):
-        size = 0 if isinstance(expected, int) else FLOAT32_ROUNDING * wanted.abs()
-        right |= (numbers == wanted.float()) | ((numbers - wanted).abs() <= atol + size)
+    off, slack = (numbers - wanted).abs(), torch.full_like(wanted, atol)
+    right, single = numbers == wanted, dtype(yours) == "float32"
+    if isinstance(expected, int):
+        right |= (numbers == wanted.float()) & single
+    elif dtype(expected) != "float32" and (atol or single):
+        slack += FLOAT32_ROUNDING * wanted.abs()
+    right |= wanted.isfinite() & (off <= slack)
     return right
 
 
@@ -524,10 +540,8 @@ def show(value: Any, start: int = 0, digits: int = 6) -> str:
         text = _written(value, digits)
         return text if len(text) <= 400 else f"{text[:397]}..."
     shape = len(numbers) if numbers.dim() == 1 else tuple(numbers.shape)
-    if isinstance(value, Tensor | np.ndarray):
-        flat = value.reshape(-1)[start : start + 4]
-    else:
-        flat = numbers.flatten()[start : start + 4]
+    whole = value if isinstance(value, Tensor | np.ndarray) else numbers
+    flat = whole.reshape(-1)[start : start + 4]
     return f"{shape} numbers, [{start}:{start + len(flat)}] = {_written(flat, digits)}"
 
 
@@ -562,19 +576,17 @@ def brief(value: Any) -> str:
     return "one each for " + ", ".join(map(repr, value)) if long else text
 
 
-def show_both(yours: Any, expected: Any) -> tuple[str, str]:
+def show_both(yours: Any, expected: Any, atol: float = 0.0) -> tuple[str, str]:
     """Write two answers, long ones from the first place where they differ, until they do."""
-    numbers, wanted = as_numbers(yours), as_numbers(expected)
     alike_in_kind = isinstance(expected, list | tuple) and type(yours) is type(expected)
-    if wanted is None and alike_in_kind and len(yours) == len(expected):
-        pairs = [show_both(a, b) for a, b in zip(yours, expected, strict=False)]
+    if as_numbers(expected) is None and alike_in_kind and len(yours) == len(expected):
+        pairs = [show_both(*pair, atol) for pair in zip(yours, expected, strict=True)]
         left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
         before, after = "[]" if isinstance(expected, list) else "()"
         return f"{before}{left}{after}", f"{before}{right}{after}"
-    start = 0
-    if numbers is not None and wanted is not None and numbers.shape == wanted.shape:
-        differing = (numbers != wanted).flatten().nonzero()
-        start = int(differing[0]) if len(differing) else 0
+    right = _right(yours, expected, atol)
+    wrong = [] if right is None else (~right).flatten().nonzero()
+    start = int(wrong[0]) if len(wrong) else 0
     for digits in (6, 9, 17):
         both = show(yours, start, digits), show(expected, start, digits)
         if both[0] != both[1]:

@@ -53,15 +53,14 @@ def record(number: str) -> None:
         print(f"  (not recorded in {path()}: {error.strerror})")
 
 
-def show() -> None:
-    """Print what is solved, chapter by chapter."""
+def progress() -> None:
+    """Print which exercises are solved, chapter by chapter; recorded on this machine alone."""
     from qlora_edu.course import exercises
 
     found, everything = read(), 0
-    for chapter in exercises.CHAPTERS:
-        all_of_it = exercises.chapter(chapter)
-        everything += len(all_of_it)
-        marks = "".join("✓" if exercise.number in found else "○" for exercise in all_of_it)
-        solved = marks.count("✓")
-        print(f"chapter {chapter:>2}  {marks:<8} {solved} of {len(all_of_it)}")
+    for number in exercises.CHAPTERS:
+        chapter = exercises.chapter(number)
+        everything += len(chapter)
+        marks = "".join("✓" if exercise.number in found else "○" for exercise in chapter)
+        print(f"chapter {number:>2}  {marks:<8} {marks.count('✓')} of {len(chapter)}")
     print(f"{len(found)} of {everything} exercises solved, recorded in {path()}")
