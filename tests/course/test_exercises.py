@@ -37,10 +37,12 @@ from qlora_edu.files import ROOT
 NAMES = list(exercises.ALL)
 EXERCISES = [name for name in NAMES if isinstance(exercises.ALL[name], Exercise)]
 
-# Arguments that a right answer may take for each other: it multiplies them.
+# Arguments that a right answer may take for each other: it multiplies or adds them.
 COMMUTE = {
     ("ex_0_1", "parameters and bits_per_weight"),
     ("ex_2_3", "row and columns"),
+    ("ex_5_3", "detached and reentrant"),
+    ("ex_6_1", "trained_bytes and state_bytes"),
     ("ex_7_5", "compute and copy"),
     ("ex_9_1", "batch_size and gradient_accumulation_steps"),
 }
