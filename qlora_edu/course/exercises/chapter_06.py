@@ -351,7 +351,7 @@ def choose_run() -> dict[str, Any]:
 
 
 def _plan(run):
-    return plan_memory("llama-3-8b", **run)
+    return plan_memory("llama-3-8b", **{**run, "device": "cuda"})  # a card's, whatever was said
 
 
 def _spare(run):
