@@ -301,11 +301,7 @@ ex_5_5 = Spelt(
 
 
 def frozen_weight() -> Tensor:
-    """The weight of exercise 5.6: normal, float32 `[64, 64]`, so that a row is a block.
-
-    >>> frozen_weight().shape
-    torch.Size([64, 64])
-    """
+    """The weight of exercise 5.6: normal, float32 `[64, 64]`, so that a row is a block."""
     return torch.randn(64, 64, generator=torch.Generator().manual_seed(56))
 
 
