@@ -22,9 +22,7 @@ import torch
 from qlora_edu import course
 from qlora_edu.course import exercises
 from qlora_edu.course.exercises.core import (
-    Check,
     Exercise,
-    OpenCheck,
     Seen,
     alike,
     faults_left,
@@ -35,9 +33,8 @@ from qlora_edu.course.exercises.core import (
 from qlora_edu.files import ROOT
 
 NAMES = list(exercises.ALL)
-EXERCISES = [name for name in NAMES if isinstance(exercises.ALL[name], Exercise)]
 
-# Arguments that a right answer may take for each other: it multiplies them, or either will do.
+# Arguments that a right answer may take for each other: it multiplies or adds them, or one will do.
 COMMUTE = {
     ("ex_0_1", "parameters and bits_per_weight"),
     ("ex_2_3", "row and columns"),
@@ -125,12 +122,9 @@ def solution(name: str) -> str:
 
 
 def wrong_answers(name: str) -> dict:
-    exercise = exercises.ALL[name]
-    if isinstance(exercise, Check):
-        return {mistake.because: mistake.wrong for mistake in exercise.mistakes}
     return {
         because: wrong.wrong if isinstance(wrong, Seen) else wrong
-        for because, wrong in exercise.because.items()
+        for because, wrong in exercises.ALL[name].because.items()
     }
 
 
@@ -174,11 +168,10 @@ def test_a_wrong_answer_is_rejected_with_its_own_reason(name):
         verdict = exercise.judge(answer)
         assert (verdict.mark, verdict.because) == ("✗", because), verdict
         assert verdict.yours
-        closed = not (isinstance(exercise, OpenCheck) or getattr(exercise, "open", False))
-        assert bool(verdict.expected) == closed
+        assert bool(verdict.expected) != exercise.open
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_right_answer_passes_in_every_form(name):
     exercise = exercises.ALL[name]
     assert exercise.judge(exercise.reference).mark == "✓"
@@ -186,7 +179,7 @@ def test_a_right_answer_passes_in_every_form(name):
         assert exercise.judge(answer).mark == "✓", f"{form}: {exercise.judge(answer)}"
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_argument_can_be_ignored_or_taken_for_another(name):
     exercise = exercises.ALL[name]
     for left_out, answer in answer_forms.ignoring(exercise.reference, exercise.cases()):
@@ -203,7 +196,7 @@ def test_later_cells_that_need_an_answer_take_the_readers_own_or_the_right_one(n
     if not any(re.search(rf"\b{function}\b", source) for source in later):
         return  # an exercise at the end of the road: nothing later needs it
     assert any(
-        re.search(rf"^{function} = exercises\.{name}\.(answer|reference)\b", source, re.MULTILINE)
+        re.search(rf"^{function} = exercises\.{name}\.answer\b", source, re.MULTILINE)
         or re.search(rf"^from qlora_edu\S* import .*\b{function}\b", source, re.MULTILINE)
         for source in later
     ), f"no line gives {function} an answer that is right"

@@ -8,18 +8,18 @@ import re
 from importlib import import_module
 from typing import Any
 
+from qlora_edu.course.exercises.core import Exercise
+
 CHAPTERS = range(11)
 
 
-def chapter(number: int) -> tuple[Any, ...]:
+def chapter(number: int) -> tuple[Exercise, ...]:
     """The exercises of a chapter, in order.
 
     >>> [exercise.number for exercise in chapter(0)]
     ['0.1', '0.2', '0.3', '0.4', '0.5']
     """
-    module = import_module(f"{__name__}.chapter_{number:02}")
-    named = (value for name, value in vars(module).items() if re.fullmatch(r"ex_\d+_\d+", name))
-    return getattr(module, "EXERCISES", None) or tuple(named)
+    return import_module(f"{__name__}.chapter_{number:02}").EXERCISES
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from qlora_edu.codebooks import nf4_levels
-from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, faults_left, same
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, chose, faults_left, same
 from qlora_edu.qlora import merge_weight, surviving_share
 from qlora_edu.quantized import QuantizedTensor, quantize
 
 
 def kept_bytes(tokens: int, n_in: int, n_out: int, r: int, copy: bool) -> int:
-    """Count the bytes that one adapted layer newly keeps between forward and backward, in float32.
-
-    >>> kept_bytes(1, 64, 64, 8, copy=False), kept_bytes(1, 64, 64, 8, copy=True)
-    (288, 16672)
-    """
+    """Count the bytes that one adapted layer newly keeps for its backward pass, in float32."""
     return 4 * (tokens * (n_in + r) + (n_in * n_out if copy else 0))
 
 
@@ -72,12 +68,7 @@ ex_5_1 = Exercise(
 def layer_gradients(
     g: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float
 ) -> dict[str, Tensor]:
-    """The three gradients of y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ, given that of y.
-
-    >>> one = torch.ones(1, 1)
-    >>> layer_gradients(one, 5 * one, 3 * one, one, 2 * one, 10.0)["x"]
-    tensor([[23.]])
-    """
+    """The three gradients of y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ, given that of y."""
     thin = s * (g @ B)
     return {"A": thin.T @ x, "B": s * g.T @ (x @ A.T), "x": g @ W + thin @ A}
 
@@ -158,11 +149,7 @@ ex_5_2 = Exercise(
 
 
 def who_learns(b_is_zero: bool, detached: bool, reentrant: bool) -> dict[str, bool]:
-    """Which adapter tensors of two layers get a gradient that is not zero.
-
-    >>> who_learns(b_is_zero=True, detached=False, reentrant=False)
-    {'A1': False, 'B1': True, 'A2': False, 'B2': True}
-    """
+    """Which adapter tensors of two layers get a gradient that is not zero."""
     reached = not (detached or reentrant)
     return {"A1": reached and not b_is_zero, "B1": reached, "A2": not b_is_zero, "B2": True}
 
@@ -214,12 +201,7 @@ ex_5_3 = Exercise(
 
 
 def repaired_backward(g: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """Gradient of x for y = x·Wᵀ with the weight in 4 bits: `[..., in]`, in the dtype of g.
-
-    >>> weight = quantize(torch.tensor([[-1.0, 0.0, 1.0]]), double_quant=False)
-    >>> repaired_backward(torch.tensor([2.0]), weight)
-    tensor([-2.,  0.,  2.])
-    """
+    """Gradient of x for y = x·Wᵀ with the weight in 4 bits: `[..., in]`, in the dtype of g."""
     return g @ quantized.dequantize(g.dtype)
 
 
@@ -283,14 +265,6 @@ class Spelt(Exercise):
         return {key: str(way).casefold().replace("ise", "ize") for key, way in ways.items()}
 
 
-def _chose(situations, *ways, **wrong):
-    """An answer with `wrong` in it shows by one of these ways in one of these situations."""
-    return Seen(
-        lambda: choose_merges() | wrong,
-        lambda yours: any(yours[situation] in ways for situation in situations),
-    )
-
-
 ex_5_5 = Spelt(
     "5.5 choose a merge",
     choose_merges,
@@ -300,35 +274,34 @@ ex_5_5 = Spelt(
             lambda yours: not set(yours.values()) <= {*WAYS},
         ),
         "a: at 3 % nearly every weight falls back to its old code, and the update is lost": (
-            _chose("a", "4-bit", a="4-bit")
+            chose(choose_merges, "a", "4-bit")
         ),
         "a: the server holds the base in 4 bits; a 16-bit weight does not fit its memory": (
-            _chose("a", "dequantized", "original", a="dequantized")
+            chose(choose_merges, "a", "dequantized", "original")
         ),
         "b: the adapter was trained and measured beside the dequantised weight; the original "
         "brings back 9 % of difference that it has never seen": (
-            _chose("b", "original", b="original")
+            chose(choose_merges, "b", "original")
         ),
         "b: 16 bits are allowed, so there is no need to round the sum to sixteen levels": (
-            _chose("b", "4-bit", b="4-bit")
+            chose(choose_merges, "b", "4-bit")
         ),
-        "b and c ask for one file without an adapter beside it": _chose("bc", "apart", c="apart"),
+        "b and c ask for one file without an adapter beside it": Seen(
+            lambda: choose_merges() | {"c": "apart"},
+            lambda yours: "apart" in (yours["b"], yours["c"]),
+        ),
         "c: the device reads NF4 only; and an update of 40 % survives the rounding": (
-            _chose("c", "dequantized", "original", c="original")
+            chose(choose_merges, "c", "original", "dequantized")
         ),
         "d: twenty merged models are twenty bases; twenty adapters beside one base are small": (
-            _chose("d", *WAYS[1:], d="dequantized")
+            chose(choose_merges, "d", "dequantized", "original", "4-bit")
         ),
     },
 )
 
 
 def frozen_weight() -> Tensor:
-    """The weight of exercise 5.6: normal, float32 `[64, 64]`, so that a row is a block.
-
-    >>> frozen_weight().shape
-    torch.Size([64, 64])
-    """
+    """The weight of exercise 5.6: normal, float32 `[64, 64]`, so that a row is a block."""
     return torch.randn(64, 64, generator=torch.Generator().manual_seed(56))
 
 

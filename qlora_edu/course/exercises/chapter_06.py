@@ -7,18 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_edu.course.exercises.core import Exercise, Inputs, Seen
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, chose
 from qlora_edu.memory import GIB, RESERVE, plan_memory
 
 
 def held_bytes(
     frozen: int, frozen_bits: float, trained: int, trained_bytes: int, state_bytes: int
 ) -> float:
-    """Bytes of weights, gradients and the two states of AdamW, without anything per token.
-
-    >>> held_bytes(0, 16, 1000, 2, 4)
-    12000.0
-    """
+    """Bytes of weights, gradients and the two states of AdamW, without anything per token."""
     return frozen * frozen_bits / 8 + trained * (2 * trained_bytes + 2 * state_bytes)
 
 
@@ -67,11 +63,7 @@ ex_6_1 = Exercise(
 
 
 def bytes_kept(blocks: int, every: int, block: int, boundary: int) -> int:
-    """The most bytes of activations at once, with a checkpoint before every `every` blocks.
-
-    >>> bytes_kept(32, 1, 100, 4), bytes_kept(32, 32, 100, 4)
-    (228, 3204)
-    """
+    """The most bytes of activations at once, with a checkpoint before every `every` blocks."""
     return blocks // every * boundary + every * block
 
 
@@ -123,20 +115,8 @@ MOMENTS = ("forward", "logits and loss", "backward", "optimizer step")
 
 
 def peak_moments() -> dict[str, str]:
-    """The moment of the peak in each of `SITUATIONS`.
-
-    >>> peak_moments()["a"]
-    'optimizer step'
-    """
+    """The moment of the peak in each of `SITUATIONS`."""
     return {"a": "optimizer step", "b": "logits and loss", "c": "optimizer step", "d": "backward"}
-
-
-def _said(situation, *moments):
-    """An answer that shows by one of these moments in a situation; the first is the usual one."""
-    return Seen(
-        lambda: peak_moments() | {situation: moments[0]},
-        lambda yours: yours[situation] in moments,
-    )
 
 
 ex_6_3 = Exercise(
@@ -151,19 +131,19 @@ ex_6_3 = Exercise(
             lambda: dict.fromkeys("abcd", "forward"), lambda yours: "forward" in yours.values()
         ),
         "a: a gradient for each of 6.7 billion weights is there when AdamW starts, and AdamW needs "
-        "as much again as its workspace": _said("a", "backward", "logits and loss"),
+        "as much again as its workspace": chose(peak_moments, "a", "backward", "logits and loss"),
         "b: 1,024 tokens times 128,256 words times 12 bytes are 1.5 GiB, more than one block and "
         "all gradients of the adapters, and more than these gradients and AdamW's workspace": (
-            _said("b", "backward", "optimizer step")
+            chose(peak_moments, "b", "backward", "optimizer step")
         ),
         "c: with 128 tokens all that is counted per token is small; what is left are the gradients "
         "of 160 million adapter weights, and the workspace of AdamW": (
-            _said("c", "logits and loss", "backward")
+            chose(peak_moments, "c", "logits and loss", "backward")
         ),
         "d: at a width of 8,192 one block that is computed again keeps some 590,000 bytes a token, "
-        "and 32,000 logits take 384,000": _said("d", "logits and loss"),
+        "and 32,000 logits take 384,000": chose(peak_moments, "d", "logits and loss"),
         "d: at r = 8 gradients and workspace are small; 4,096 tokens in a wide block are not": (
-            _said("d", "optimizer step")
+            chose(peak_moments, "d", "optimizer step")
         ),
     },
 )
@@ -185,12 +165,7 @@ class Dropping(nn.Module):
 def recomputed_gradient(
     block: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, rng_state: Tensor
 ) -> Tensor:
-    """The gradient of a block's input, from a second forward pass with the same random state.
-
-    >>> x = torch.ones(2, 6)
-    >>> recomputed_gradient(torch.exp, x, torch.zeros(2, 6), torch.get_rng_state()).sum()
-    tensor(0.)
-    """
+    """The gradient of a block's input, from a second forward pass with the same random state."""
     x = x.detach().requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng_state)
@@ -291,11 +266,7 @@ LONGEST = 2**20
 
 
 def longest_that_fits(peak: Callable[[int], float], room: float) -> int:
-    """The longest length in 0…`LONGEST` - 1 whose peak is at most the room; 0 if none is.
-
-    >>> longest_that_fits(Peak(10, 2, 0), 20)
-    5
-    """
+    """The longest length in 0…`LONGEST` - 1 whose peak is at most the room; 0 if none is."""
     low, high = 0, LONGEST
     while high - low > 1:
         middle = (low + high) // 2
@@ -360,22 +331,14 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 
 
 def row_lengths() -> Tensor:
-    """Tokens of each of the 2,000 rows of exercise 6.6.
-
-    >>> int(row_lengths().max())
-    1991
-    """
+    """Tokens of each of the 2,000 rows of exercise 6.6."""
     generator = torch.Generator().manual_seed(66)
     lengths = torch.exp(5.6 + 0.75 * torch.randn(2000, generator=generator))
     return lengths.clamp(16, 1991).long()
 
 
 def choose_run() -> dict[str, Any]:
-    """Settings that train llama-3-8b on every row of `row_lengths()` on a 24 GB card.
-
-    >>> choose_run()["batch_size"]
-    4
-    """
+    """Settings that train llama-3-8b on every row of `row_lengths()` on a 24 GB card."""
     return {"method": "qlora", "batch_size": 4, "max_length": 2048, "padding": True}
 
 
@@ -383,6 +346,7 @@ _PLANS: dict[str, Any] = {}
 
 
 def _plan(run):
+    run = {**run, "device": "cuda"}  # a card's, whatever was said
     key = repr(sorted(run.items()))
     if key not in _PLANS:
         _PLANS[key] = plan_memory("llama-3-8b", **run)
