@@ -255,6 +255,9 @@ ex_7_6 = Exercise(
     "7.6 would paging help?",
     choose_remedies,
     open=True,
+    score=lambda answer: (
+        f"{sum(answer.get(run) == right for run, right in choose_remedies().items())} of 3 right"
+    ),
     because={
         f"answer 'a', 'b' and 'c', each with one of {REMEDIES}": Seen(
             lambda: {"a": "page it", "b": "neither", "c": "neither"},

@@ -276,6 +276,9 @@ ex_8_5 = Exercise(
     "8.5 is the claim supported?",
     judge_claims,
     open=True,
+    score=lambda answer: (
+        f"{sum(answer.get(name) == right for name, right in judge_claims().items())} of 5 right"
+    ),
     because={
         f"answer 'a' to 'd', each with one of {VERDICTS}, and 'choose' with full, lora, qlora": (
             Seen(

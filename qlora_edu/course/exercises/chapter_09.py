@@ -334,6 +334,7 @@ ex_9_6 = Exercise(
     "9.6 one change",
     my_config,
     open=True,
+    score=lambda config: f"changed: {', '.join(sorted(_changed(config)))}",
     because={
         'return a FinetuneConfig: FinetuneConfig.from_preset("embedded", ...)': Seen(
             lambda: {"r": 2}, lambda config: not isinstance(config, FinetuneConfig)

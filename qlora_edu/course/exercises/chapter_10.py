@@ -473,6 +473,9 @@ ex_10_6 = _JudgeExercise(
     my_judge,
     _pairs_of_answers,
     open=True,
+    score=lambda *games: (
+        f"{sum(game['as given'] != 0.5 for game in games)} of {len(games)} pairs decided"
+    ),
     because={
         "True and False leave no room for a tie: return 1, 0.5 or 0": _seen(
             lambda row, first, second: _shared(row, first) > _shared(row, second),
