@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_edu.errors import DoesNotFitError, PlanError
+from qlora_edu.files.host_tier import NEVER_PAGED
 from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration, nearest
 from qlora_edu.planner import MODELS as MODELS
 from qlora_edu.planner.fake_step import StepSettings, check_whole, trace_step
@@ -31,8 +32,6 @@ RESERVE = GIB
 OPTIMIZERS = ("adamw", "adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
 ALWAYS_32_BIT = 4096
 """bitsandbytes keeps the states of smaller tensors in float32."""
-NEVER_PAGED = 100_000
-"""bitsandbytes keeps the states of tensors with fewer elements on the device."""
 
 
 def llama_parameters(size: str) -> tuple[int, int]:

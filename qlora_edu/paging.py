@@ -22,15 +22,13 @@ from torch import Tensor
 
 from qlora_edu.errors import PagingError
 from qlora_edu.files.host_tier import (
+    NEVER_PAGED,
     OPTIONS,
     HostTierAdamW,
     check_budget,
     check_gradient,
     check_options,
 )
-
-NEVER_PAGED = 100_000
-"""Elements below which bitsandbytes keeps a parameter's states in ordinary GPU memory."""
 
 
 def adamw_update(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.card import Rows, check_managed, free_and_total, outside, peaks, start_counting
+from qlora_edu.files.host_tier import NEVER_PAGED
 from qlora_edu.kernels import PagingCounters, PrefetchingPagedAdamW
-from qlora_edu.memory import NEVER_PAGED, RESERVE, plan_memory
+from qlora_edu.memory import RESERVE, plan_memory
 
 TORCH, FUSED, THEIRS = "torch AdamW", "torch AdamW, fused", "bitsandbytes AdamW32bit"
 THEIRS_PAGED = "bitsandbytes PagedAdamW32bit"

@@ -24,6 +24,8 @@ ALIGNMENT = 64  # bytes: every dtype, and every vector register, may start here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATES = ("exp_avg", "exp_avg_sq")
 OPTIONS = ("lr", "betas", "eps", "weight_decay")
+NEVER_PAGED = 100_000
+"""Elements below which bitsandbytes keeps a parameter's states in ordinary GPU memory."""
 UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 

@@ -5,9 +5,9 @@ import json
 import re
 
 import pytest
+from qlora_edu.course.claims import ClaimError
 
 from qlora_edu.course import claims
-from qlora_edu.course.claims import ClaimError
 
 PROMISED = """
     65b-on-48gb 65b-full-over-780gb 33b-on-24gb guanaco-memory 7b-base-5048mb 7b-lora-26mb

@@ -120,7 +120,10 @@ def test_an_empty_file_is_an_error(tmp_path, content):
         (f"[{GOOD},\n{GOOD}]".encode(), r"is a JSON array; write one object per line"),
         (f"\n [\n{GOOD}\n]".encode(), r"is a JSON array; write one object per line"),
         (f"\ufeff{GOOD}".encode(), "byte order mark; save it as UTF-8 without BOM"),
-        (gzip.compress(GOOD.encode()), r"compressed with gzip; unpack it first \(gunzip\)"),
+        (
+            gzip.compress(GOOD.encode(), mtime=0),
+            r"compressed with gzip; unpack it first \(gunzip\)",
+        ),
         (b"PK\x03\x04...", "a zip archive; unpack it"),
         (b"PAR1....", "a Parquet file; write it as JSONL"),
         (json.dumps(json.loads(GOOD), indent=1).encode(), ":1: not a line of JSON.*per line"),
