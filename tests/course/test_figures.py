@@ -140,7 +140,7 @@ def test_tokens_explorer_draws_at_both_ends(row, limit):
     ("make", "control", "value"),
     [
         (explorers.memory_explorer, "size", "65B"),
-        (explorers.memory_explorer, "rank", 8),
+        (explorers.memory_explorer, "r", 8),
         (explorers.tokens_explorer, "row", 5),
         (explorers.tokens_explorer, "max_length", 20),
     ],
