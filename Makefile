@@ -20,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab test check lint coverage mutants format doctor course finetune bench experiments gpu-report \
-    claims notebooks clean
+    claims pages notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -89,6 +89,9 @@ gpu-report: $(READY)  ## measure on this machine's GPU (ARGS=--dry-run: try it o
 
 claims: $(READY)  ## recompute the claims ledger, and the tables of README and docs
 	$(OFFLINE) $(PY) -m benchmarks.claims
+	$(PY) -m benchmarks.pages
+
+pages: $(READY)  ## fill the tables of README and docs from the stored results
 	$(PY) -m benchmarks.pages
 
 notebooks: $(READY)  ## run all notebooks and keep their outputs

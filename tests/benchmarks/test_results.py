@@ -1,7 +1,6 @@
-"""Stored results say how they were made, and what the README repeats of them is what they hold."""
+"""Stored results say how they were made, and they hold what the course promises."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -22,18 +21,8 @@ def test_every_result_names_command_date_machine_and_versions(path):
         assert word not in path.read_text()
 
 
-def test_the_readme_repeats_what_the_untrained_base_can_do():
-    report = json.loads((ROOT / "data" / "results" / "embedded_comparison.json").read_text())
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    base = report["base"]
-    assert f"asked plainly, {base['0_shot']:.2f}" in readme
-    assert f"three solved rows before the question, {base['3_shot']:.2f}" in readme
-    assert f"manner of its own stories, {base['question_as_talk']:.2f}" in readme
-
-
-def test_the_readme_repeats_the_stored_study():
+def test_the_study_says_what_the_course_says_of_it():
     report = json.loads((ROOT / "data" / "results" / "three_ways.json").read_text())
-    readme = " ".join((ROOT / "README.md").read_text().split())
     measures = ("exact_match", "held_out_loss", "text_perplexity")
     found = {}
     for way in ("full", "lora", "qlora", "qlora + embeddings", "houlsby"):
@@ -41,20 +30,9 @@ def test_the_readme_repeats_the_stored_study():
         runs.sort(key=lambda run: run["seed"])
         assert len(runs) >= 5
         found[way] = {name: [run[name] for run in runs] for name in measures}
-        match, loss = (mean_interval(found[way][name]) for name in measures[:2])
-        nats = [math.log(perplexity) for perplexity in found[way]["text_perplexity"]]
-        cells = (
-            f"{match.mean:.2f} [{match.low:.2f}, {match.high:.2f}]",
-            f"{loss.mean:.3f}",
-            f"{math.exp(mean_interval(nats).mean):.1f}",
-            f"{runs[0]['trainable']:,}",
-        )
-        assert " | ".join(cells) in readme, f"{way}: {cells}"
-    for measure, second, digits in (("exact_match", "full", 3), ("held_out_loss", "lora", 4)):
+    for measure, second in (("exact_match", "full"), ("held_out_loss", "lora")):
         test = equivalence(found["qlora"][measure], found[second][measure], margin=0.05)
         assert test.verdict == {"full": "different", "lora": "equivalent"}[second]
-        mean, low, high = (f"{number:+.{digits}f}" for number in test.difference)
-        assert mean in readme and f"{low} to {high}" in readme
     forgotten = {
         way: mean_interval(values["text_perplexity"]).mean for way, values in found.items()
     }
@@ -69,7 +47,7 @@ def test_what_the_project_promises_of_the_embedded_base_was_measured():
     assert qlora["training_seconds"] <= 180
 
 
-def test_the_quantiser_is_as_fast_as_promised_and_the_readme_says_how_fast():
+def test_the_quantiser_is_as_fast_as_promised():
     report = json.loads((ROOT / "data" / "results" / "bench.json").read_text())
     rows = [row for row in report["rows"] if row["peer"] == "bitsandbytes"]
     assert not any("step" in row["name"] for row in rows)
@@ -85,16 +63,6 @@ def test_the_quantiser_is_as_fast_as_promised_and_the_readme_says_how_fast():
     }
     assert len(ratios["eager"]) == len(ratios["compiled"]) == len(ratios["back"]) >= 8
     assert min(ratios["eager"]) >= 1.5 and min(ratios["compiled"]) >= 10
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"at least {floor(min(ratios['eager']))} times as fast" in readme
-    assert f"compiled at least {floor(min(ratios['compiled']))} times" in readme
-    slowest, fastest = min(ratios["back"]), max(ratios["back"])
-    assert f"`dequantize` has {slowest:.1f} to {fastest:.1f} of its speed" in readme
-
-
-def floor(ratio: float) -> float:
-    """A ratio to one decimal, never rounded up."""
-    return math.floor(10 * ratio) / 10
 
 
 def test_a_qlora_step_costs_no_more_than_that_of_the_peers():
@@ -107,13 +75,6 @@ def test_a_qlora_step_costs_no_more_than_that_of_the_peers():
         for row in of_kind:
             assert row["ratio"] == pytest.approx(row[f"peer_{unit}"] / row[f"ours_{unit}"])
             assert row["ratio"] >= 1.0, row["name"]
-    step, small = (
-        [r["ratio"] for r in report["rows"] if re.match(f"qlora {kind} .* time$", r["name"])]
-        for kind in ("step", "small step")
-    )
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"({floor(min(step))} to {floor(max(step))} times as fast" in readme
-    assert f"it has {min(small):.2f} to {max(small):.2f} of their speed" in readme
 
 
 def test_the_merge_lab_holds_every_merge():
@@ -123,23 +84,10 @@ def test_the_merge_lab_holds_every_merge():
         assert row["exact_match"].keys() == {"unmerged", "4-bit", "dequantized", "original"}
 
 
-def test_the_readme_says_how_right_the_planner_is_and_what_paging_costs():
-    memory = json.loads((ROOT / "data" / "results" / "memory.json").read_text())
-    measured = memory["rows"]
-    worst = max(abs(row["error"]) for row in measured)
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Held against {len(measured)} real steps" in readme
-    assert len({row["model"] for row in measured}) == 12 and "twelve architectures" in readme
-    assert f"{sum(row['held_out'] for row in measured)} of the steps drawn at random" in readme
-    assert f"at most {math.ceil(1000 * worst) / 10} %" in readme
-    paging = json.loads((ROOT / "data" / "results" / "paging.json").read_text())
-    at_a_tenth = {
-        row["page_bytes"]: row["ratio"]
-        for row in paging["rows"]
-        if row["budget_share"] == 0.1 and row["prefetch"]
-    }
-    assert f"it takes {at_a_tenth[2**20]:.1f} times as long" in readme
-    assert f"in pages of 16 KiB {at_a_tenth[2**14]:.0f} times" in readme
+def test_the_planner_was_held_against_many_steps_of_many_models():
+    rows = json.loads((ROOT / "data" / "results" / "memory.json").read_text())["rows"]
+    assert len({row["model"] for row in rows}) == 12 and sum(row["held_out"] for row in rows) >= 16
+    assert max(abs(row["error"]) for row in rows) < 0.05
 
 
 def test_every_paged_step_moved_what_the_theory_says():
@@ -153,20 +101,11 @@ def test_every_paged_step_moved_what_the_theory_says():
         assert row["ratio"] == pytest.approx(row["paged_s"] / row["plain_s"])
 
 
-def test_the_readme_repeats_what_the_card_took():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_card_took_what_the_course_says():
     headline = json.loads((ROOT / "data" / "results" / "gpu_headline.json").read_text())
     for theirs, ours in zip(headline["rows"][1::2], headline["rows"][::2], strict=True):
         assert (theirs["stack"], ours["stack"]) == ("bitsandbytes", "qlora_edu")
         assert theirs["fits"] and ours["fits"] and "RANDOM WEIGHTS" in ours["weights"]
-        numbers = (
-            f"{theirs['card_bytes'] / 1e9:.0f} GB",
-            f"{theirs['peak_bytes'] / 1e9:.1f} GB",
-            f"{theirs['plan_bytes'] / 1e9:.1f} GB",
-            f"{theirs['seconds_a_step']:.2f} s",
-            f"{ours['seconds_a_step']:.2f} s",
-        )
-        assert " | ".join(numbers) in readme
     steps = json.loads((ROOT / "data" / "results" / "gpu_steps.json").read_text())["rows"]
     missing = [(row["peak_allocated_bytes"] - row["plan_bytes"]) / 2**20 for row in steps]
     assert len(steps) == 12 and {round(mib) for mib in missing} == {64}
@@ -176,8 +115,3 @@ def test_the_readme_repeats_what_the_card_took():
     for row in nf4:
         assert row["packed"]["of"] > 8e6
         assert row["packed"]["differing"] <= (5 if row["dtype"] == "float32" else 0)
-    paging = json.loads((ROOT / "data" / "results" / "gpu_paging.json").read_text())["rows"]
-    took = {row["task"]: 1000 * row["seconds_a_step"] for row in paging if "error" not in row}
-    ours = min(ms for name, ms in took.items() if name.startswith("ours"))
-    theirs, torchs = took["bitsandbytes PagedAdamW32bit"], took["torch AdamW, fused"]
-    assert f"{ours:.0f} ms beside {theirs:.0f} ms of" in readme and f"{torchs:.0f} ms of" in readme
