@@ -26,17 +26,20 @@ def test_every_page_holds_what_the_script_makes(path):
 
 
 def test_every_table_stands_on_some_page():
-    begun = {
-        name for path in PAGES for name in re.findall(r"<!-- (\S+): begin -->", text_of(path))
-    }
+    begun = {name for path in PAGES for name in re.findall(r"<!-- (\S+): begin -->", text_of(path))}
     assert begun == pages.BLOCKS.keys()
+
+
+def spoil_a_run(found):
+    of_qlora = [r for r in found["runs"] if (r["part"], r["way"]) == ("seeds", "qlora")]
+    of_qlora[0].update(exact_match=0.5)
 
 
 @pytest.mark.parametrize(
     ("block", "name", "change"),
     [
-        ("study", "three_ways", lambda found: found["runs"][-1].update(exact_match=0.5)),
-        ("verdicts", "three_ways", lambda found: found["runs"][-1].update(exact_match=0.5)),
+        ("study", "three_ways", spoil_a_run),
+        ("verdicts", "three_ways", spoil_a_run),
         ("base", "embedded_comparison", lambda found: found["base"].update({"0_shot": 0.5})),
         ("bench", "bench", lambda found: found["rows"][0].update(ratio=0.5)),
         ("planner", "memory", lambda found: found["rows"][3].update(error=-0.3)),
