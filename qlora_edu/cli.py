@@ -1,10 +1,8 @@
 """The command line: a thin way to what the course does from a notebook.
 
-Settings are given as `--name value` or `name=value`. No input ends in a traceback: what is wrong is
-said in one line, with what to do.
-
-The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it was stopped
-by Ctrl-C, and 1 if anything else was in the way (`plan`: if the step does not fit on the card).
+Settings are given as `--name value` or `name=value`. What is wrong is said in one line, without a
+traceback. The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it
+was stopped by Ctrl-C, and 1 for anything else (`plan`: if the step does not fit on the card).
 """
 
 import argparse
@@ -19,7 +17,7 @@ from typing import Any
 
 from qlora_edu.errors import ConfigError, LoRAError, PlanError, QloraError
 
-PLANNED = {
+PLANNED = {  # what each setting of the planner means
     "method": "full, lora, qlora or houlsby",
     "batch_size": "rows that go through the model together",
     "max_length": "tokens of a row",
@@ -39,7 +37,6 @@ PLANNED = {
     "backend": "whose 4-bit layers: qlora_edu, or bitsandbytes with PEFT",
     "device": "cuda or cpu",
 }
-"""What each setting of the planner means."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,19 +85,18 @@ def plan(argv: Sequence[str]) -> int:
     from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, RESERVE, plan_memory
     from qlora_edu.planner.fake_step import StepSettings
 
-    parser = _parser("plan", "MODEL [--card GB] [--SETTING VALUE ...]", plan)
+    usage = "MODEL [--card GB] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser(**_describe("plan", usage))
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
     parser.add_argument("--card", type=_card, default=24.0, metavar="GB", help="the card's memory")
     defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
     for name, default in defaults.items():
-        kind = _KINDS.get(name, type(default))
+        kind = _names if name == "target_modules" else type(default)
+        kind = _yes_or_no if kind is bool else kind
+        choices = OPTIMIZERS if name == "optim" else None
         parser.add_argument(
-            f"--{name}",
-            type=_yes_or_no if kind is bool else kind,
-            choices=OPTIMIZERS if name == "optim" else None,
-            default=default,
-            help=PLANNED.get(name, "see the planner"),
+            f"--{name}", type=kind, choices=choices, default=default, help=PLANNED[name]
         )
     arguments = vars(_parse(parser, _spell_out(argv)))
     model, card = arguments.pop("model"), arguments.pop("card")
@@ -132,7 +128,8 @@ def finetune(argv: Sequence[str]) -> int:
     else:
         config = FinetuneConfig.from_yaml(chosen.config)
     usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
-    parser = _parser("finetune", usage, finetune, HfArgumentParser, [FinetuneConfig], [start])
+    about = _describe("finetune", usage)
+    parser = HfArgumentParser([FinetuneConfig], **about, parents=[start])
     parser.set_defaults(**asdict(config))
     metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
     for action in parser._actions:
@@ -160,7 +157,8 @@ def chat(argv: Sequence[str]) -> int:
     from qlora_edu.text.generation import check_sampling
 
     own = "data/base-model"
-    parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]", chat)
+    usage = "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]"
+    parser = argparse.ArgumentParser(**_describe("chat", usage))
     add = parser.add_argument
     add("--model", default=own, help="the base: a folder, or a name on the Hub")
     add("--adapter", action="append", metavar="NAME=FOLDER", help="may be given several times")
@@ -199,23 +197,15 @@ def _overview() -> str:
     return "\n".join([head, "", *commands])
 
 
-def _parser(
-    name: str,
-    usage: str,
-    command: Callable,
-    kind: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser,
-    settings: Sequence[type] = (),
-    parents: Sequence[argparse.ArgumentParser] = (),
-) -> argparse.ArgumentParser:
-    return kind(
-        *([settings] if settings else []),
-        prog=f"qlora_edu {name}",
-        usage=f"python -m qlora_edu {name} {usage}",
-        description=(command.__doc__ or "").partition("  ")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        parents=list(parents),
-    )
+def _describe(name: str, usage: str) -> dict[str, Any]:
+    """What every command's parser is made with."""
+    return {
+        "prog": f"qlora_edu {name}",
+        "usage": f"python -m qlora_edu {name} {usage}",
+        "description": (COMMANDS[name].__doc__ or "").partition("  ")[0],
+        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        "allow_abbrev": False,
+    }
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -270,9 +260,6 @@ def _count(word: str) -> int:
     if not word.isdecimal() or not 1 <= int(word) < 2**31:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {word!r}")
     return int(word)
-
-
-_KINDS: dict[str, Any] = {"target_modules": _names}
 
 
 def _adapters(pairs: Sequence[str]) -> dict[str, str]:

@@ -846,9 +846,6 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     with pytest.raises(AdapterMismatchError, match=says):
         attach_adapter(model, copied)
     assert [name for name, _ in model.named_parameters()] == names
-    if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
-        model = attach_adapter(model, copied, allow_partial=True)
-        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
 
 
 @pytest.mark.parametrize(
@@ -897,7 +894,7 @@ def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dty
     file = copied / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with pytest.raises(LoRAError, match="which no adapter is"):
+    with pytest.raises(LoRAError, match="no floating dtype"):
         attach_adapter(model, copied)
 
 
