@@ -25,8 +25,8 @@ from qlora_edu.production.checkpoints import check_metadata, latest_checkpoint, 
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import (
     check_one_dtype,
+    check_positions,
     check_processes,
-    check_rows,
     check_targets,
     fsdp,
     load_base,
@@ -95,7 +95,7 @@ def prepare(run: Run, resume: bool) -> None:
     with reading(rows, DataError, "mend the template"):
         run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
         run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
-    check_rows(model, run.held_out + train_data, run.encoded + run.rows)
+    check_positions(model, run.encoded + run.rows)
     run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
     limit, asked = config.max_new_tokens, run.encoded[: config.answer_rows]
     long = sum(sum(label != -100 for label in row["labels"]) > limit for row in asked)
@@ -212,7 +212,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # of rows that are shuffled beforehand
-        dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
         ddp_backend=None if cuda or processes == 1 else "gloo",
@@ -230,7 +229,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        eval_strategy="no",
         trust_remote_code=False,
     )
 

@@ -45,9 +45,6 @@ def fingerprint(source: str | Path) -> str:
     """SHA-256 over a base model's weights: names, dtypes, shapes and bytes, in order of name.
 
     Into how many files they are split makes no difference. Some 1 GB per second on one core.
-
-    Raises:
-        CheckpointError: if there are no safetensors, or they cannot be read.
     """
     from safetensors import safe_open
 
@@ -57,8 +54,7 @@ def fingerprint(source: str | Path) -> str:
             place |= dict.fromkeys(file.keys(), path)
     if not place:
         raise CheckpointError(
-            f"{source} holds no safetensors to take a fingerprint of; save the model with "
-            "save_pretrained, which writes them"
+            f"{source} holds no safetensors; save the model with save_pretrained, which writes them"
         )
     digest = hashlib.sha256()
     for name in sorted(place):
@@ -89,11 +85,7 @@ def run_metadata(
 
 
 def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to resume from what belongs to another run; say it if only versions differ.
-
-    Raises:
-        CheckpointError: if base model, settings, training rows or held-out rows are others.
-    """
+    """Refuse to resume from what belongs to another run; say it if only versions differ."""
     was, wanted = saved["config"], now["config"]
     names = sorted((was.keys() | wanted.keys()) - set(CHANGEABLE))
     changes = [
@@ -168,8 +160,6 @@ def save_checkpoint(
 ) -> Path:
     """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them.
 
-    Older ones are removed only when the new one is whole and on the disk.
-
     Raises:
         CheckpointError: if the disk is full or refuses; earlier checkpoints are as they were.
     """
@@ -184,7 +174,7 @@ def save_checkpoint(
             write_manifest(part, {"step": step, **metadata})
     except (OSError, SafetensorError) as error:
         raise cannot_write(target, error) from error
-    for old in checkpoints(folder)[:-keep]:
+    for old in checkpoints(folder)[:-keep]:  # now that the new one is whole and on the disk
         shutil.rmtree(old)
     return target
 
@@ -226,8 +216,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimizer as tensors, named `<parameter>.<entry>`, and as JSON."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the real one
-    # bitsandbytes' own state_dict hides its tensors in a dictionary of dictionaries; torch's shows
-    # them.
+    # bitsandbytes' own state_dict hides its tensors in dictionaries; torch's shows them.
     is_theirs = hasattr(inner, "init_state")
     state = torch.optim.Optimizer.state_dict(inner) if is_theirs else inner.state_dict()
     entries = {f"{i}.{name}": v for i, own in state["state"].items() for name, v in own.items()}
@@ -239,11 +228,7 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_optimizer_state(
     optimizer: Any, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` gave.
-
-    Raises:
-        CheckpointError: if the optimizer has other parameters than the one that was saved.
-    """
+    """Put back what `optimizer_state` gave, into an optimizer of as many parameters."""
     inner = getattr(optimizer, "optimizer", optimizer)
     groups = rest["param_groups"]
     sizes = [[len(group["params"]) for group in of] for of in (inner.param_groups, groups)]

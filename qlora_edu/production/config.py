@@ -52,8 +52,7 @@ class FinetuneConfig:
     train_data: str = _setting("rows to train on: a JSONL file, or a data set of the Hub")
     held_out_data: str = _setting("rows to measure on: a JSONL file, or a data set of the Hub")
     method: Literal["qlora", "lora", "full"] = _setting(
-        "qlora: adapters on a 4-bit base; lora: on the base as it is; full: train all weights",
-        "qlora",
+        "qlora: adapters on a 4-bit base; lora: on the base as it is; full: all weights", "qlora"
     )
     # The 4-bit base (section 3 of the paper).
     quant_type: Literal["nf4", "fp4"] = _setting("the sixteen levels of the 4-bit weights", "nf4")
@@ -66,9 +65,7 @@ class FinetuneConfig:
     )
     # The adapter.
     target_modules: str = _setting(
-        "layers that get an adapter: all-linear (all but the output head), or names with commas "
-        "between them, such as q_proj,v_proj",
-        "all-linear",
+        "layers with adapters: all-linear (all but the output head), or q_proj,v_proj", "all-linear"
     )
     r: int = _setting("rank of the adapters", 64)
     lora_alpha: float = _setting("the adapters' product is multiplied by lora_alpha / r", 16.0)
@@ -125,10 +122,7 @@ class FinetuneConfig:
             "name": (_is_name, "a folder's name: letters, digits, and .+=_- after the first"),
             "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
             "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
-            "target_modules": (
-                lambda v: all(self.targets),
-                "'all-linear' or names of layers with commas between them",
-            ),
+            "target_modules": (lambda v: all(self.targets), "'all-linear' or names with commas"),
             "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
         }
         for name, (allowed, wanted) in limits.items():

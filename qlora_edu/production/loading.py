@@ -26,7 +26,7 @@ from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.production.checkpoints import fingerprint, verify_manifest
 from qlora_edu.production.config import FinetuneConfig, did_you_mean
-from qlora_edu.text.conversations import GUANACO_TEMPLATE, Conversation
+from qlora_edu.text.conversations import GUANACO_TEMPLATE
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
@@ -76,8 +76,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             )
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"the weights of {config.model!r} do not fit in memory; take method=qlora, a smaller "
-            "model, or end the other programs on the card"
+            f"{config.model!r} does not fit in memory; take method=qlora or a smaller model"
         ) from error
     except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
@@ -88,16 +87,14 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "no network"
         ) from error
     model, found = loaded
-    if found["missing_keys"]:
+    lacking, left_out = found["missing_keys"], found["unexpected_keys"]
+    if lacking:
         raise ModelUnavailableError(
-            f"the weights of {config.model!r} lack {_some(found['missing_keys'])}, which would be "
-            "drawn at random; download it again"
+            f"the weights of {config.model!r} lack {_some(lacking)}, which would be drawn at "
+            "random; download it again"
         )
-    if found["unexpected_keys"]:
-        print(
-            f"warning: config.json of {config.model!r} knows no layer for "
-            f"{_some(found['unexpected_keys'])}: left out"
-        )
+    if left_out:
+        print(f"warning: {config.model!r} has no layer for {_some(left_out)}: left out")
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -113,20 +110,18 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
 
 def _some(names: Iterable[str]) -> str:
     first, *others = sorted(names)
-    return f"{first} and {len(others)} other tensors" if others else f"the tensor {first}"
+    return f"the tensor {first}" + (f" and {len(others)} others" if others else "")
 
 
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
 
-    Every file is compared with the manifest, and the base with the fingerprint in it. `base` says
-    where the base is now, if not where the run found it.
+    `base` says where the base is now, if not where the run found it.
 
     Raises:
-        DamagedFileError: naming a file that is missing or changed.
+        DamagedFileError: naming a file that is not what the manifest says.
         CheckpointError: if the base is another, even one of the same shape.
-        ModelUnavailableError: if the base cannot be had.
-        LoRAError: as `attach_adapter`.
+        ModelUnavailableError, LoRAError: as `load_base` and `attach_adapter`.
     """
     folder = Path(folder)
     metadata = verify_manifest(folder)
@@ -145,7 +140,9 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     return attach_adapter(model, folder), tokenizer
 
 
-def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
+def attach_adapter(
+    model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
+) -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
     A model that has an adapter already gets another one beside it, called `name`. PEFT itself
@@ -179,11 +176,11 @@ def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> 
         if isinstance(module, torch.nn.Linear)
     }
     left_out = sorted(n for n in linear if n.rpartition(".")[2] in kinds and n not in changed)
-    if left_out and not getattr(config, "layers_to_transform", None):
+    if left_out and not allow_partial and not getattr(config, "layers_to_transform", None):
         raise AdapterMismatchError(
             f"the adapter in {folder} leaves out {len(left_out)} layers of the kinds that it "
             f"changes ({left_out[0]}, …): the base is deeper than its own. Use the base that it "
-            "was trained on",
+            "was trained on, or allow_partial=True if some blocks were left out on purpose",
             left_out,
         )
     if isinstance(config.target_modules, str):
@@ -241,16 +238,8 @@ def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
             )
 
 
-def check_rows(
-    model: Any, conversations: Iterable[Conversation], rows: Iterable[dict[str, list[int]]]
-) -> None:
-    """Make sure that each row asks something, and that the model has a position for each token."""
-    for conversation in conversations:
-        if conversation[0]["role"] == "assistant":
-            raise DataError(
-                f"{conversation.where} begins with an answer, so that nothing is asked; put the "
-                "question before it, or drop the row"
-            )
+def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
+    """Make sure that the model has a position for each token of each row."""
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest = max(len(row["input_ids"]) for row in rows)
     if longest > positions:

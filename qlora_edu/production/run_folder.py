@@ -206,10 +206,7 @@ def discard_checkpoints(folder: Path) -> None:
 
 
 def discard_unfinished(config: FinetuneConfig) -> None:
-    """Remove what a killed process has left of the run that `config` would resume.
-
-    That is half-written folders, and checkpoints of a run that is finished.
-    """
+    """Remove half-written folders, and checkpoints of a finished run, before `config` resumes."""
     if config.output_dir is not None:
         discard_checkpoints(Path(config.output_dir))
     with contextlib.suppress(RunExistsError):
@@ -252,11 +249,7 @@ def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
 
 
 def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:
-    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest.
-
-    Raises:
-        TrainingError: naming a trained weight that is not finite; nothing has been written.
-    """
+    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest."""
     import yaml
 
     config = result.config
@@ -285,11 +278,7 @@ def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) ->
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
-    """Write the adapter, as PEFT does, or for `method="full"` the whole model.
-
-    Raises:
-        TrainingError: naming a trained weight that is not finite; nothing has been written.
-    """
+    """Write the adapter, as PEFT does, or for `method="full"` the whole model; if it is finite."""
     check_finite((n, p) for n, p in model.named_parameters() if p.requires_grad)
     if config.method == "full":
         model.save_pretrained(folder)
@@ -299,11 +288,7 @@ def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound.
-
-    Raises:
-        TrainingError: naming the first of them.
-    """
+    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TrainingError(

@@ -834,7 +834,8 @@ def test_a_base_that_has_moved_is_still_the_base(copied, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("deeper", "leaves out 7 layers"), ("shallower", "is not a")]
+    ("change", "says"),
+    [("deeper", "leaves out 7 layers"), ("shallower", "is not a")],
 )
 def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, change, says):
     """Adapters from elsewhere have none. PEFT only warns of a deeper base."""
@@ -846,6 +847,9 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     with pytest.raises(AdapterMismatchError, match=says):
         attach_adapter(model, copied)
     assert [name for name, _ in model.named_parameters()] == names
+    if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
+        model = attach_adapter(model, copied, allow_partial=True)
+        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
 
 
 @pytest.mark.parametrize(
