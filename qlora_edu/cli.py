@@ -1,10 +1,8 @@
 """The command line: a thin way to what the course does from a notebook.
 
-Settings are given as `--name value` or `name=value`. No input ends in a traceback: what is wrong is
-said in one line, with what to do.
-
-The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it was stopped
-by Ctrl-C, and 1 if anything else was in the way (`plan`: if the step does not fit on the card).
+Settings are given as `--name value` or `name=value`. What is wrong is said in one line, without a
+traceback. The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it
+was stopped by Ctrl-C, and 1 for anything else (`plan`: if the step does not fit on the card).
 """
 
 import argparse
@@ -14,12 +12,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
-from qlora_edu.errors import ConfigError, LoRAError, PlanError, QloraError
+from qlora_edu.errors import ConfigError, GenerationError, PlanError, QloraError
 
-PLANNED = {
+PLANNED = {  # what each setting of the planner means
     "method": "full, lora, qlora or houlsby",
     "batch_size": "rows that go through the model together",
     "max_length": "tokens of a row",
@@ -39,7 +36,6 @@ PLANNED = {
     "backend": "whose 4-bit layers: qlora_edu, or bitsandbytes with PEFT",
     "device": "cuda or cpu",
 }
-"""What each setting of the planner means."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
-        print(_overview())
+        print("usage: python -m qlora_edu COMMAND ...; each explains itself with --help\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:<9} {function.__doc__}")
         return 0
     if command not in COMMANDS:
         from qlora_edu.production.config import did_you_mean
@@ -85,26 +83,26 @@ def doctor(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Will a training step fit on a card?  plan llama-7b --card 24 --batch_size 4"""
+    from transformers.hf_argparser import string_to_bool
+
     from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, RESERVE, plan_memory
     from qlora_edu.planner.fake_step import StepSettings
 
-    parser = _parser("plan", "MODEL [--card GB] [--SETTING VALUE ...]", plan)
+    usage = "MODEL [--card GB] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser(**_describe("plan", usage))
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
     parser.add_argument("--card", type=_card, default=24.0, metavar="GB", help="the card's memory")
     defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
     for name, default in defaults.items():
-        kind = _KINDS.get(name, type(default))
+        kind = string_to_bool if isinstance(default, bool) else type(default)
+        choices = OPTIMIZERS if name == "optim" else None
         parser.add_argument(
-            f"--{name}",
-            type=_yes_or_no if kind is bool else kind,
-            choices=OPTIMIZERS if name == "optim" else None,
-            default=default,
-            help=PLANNED.get(name, "see the planner"),
+            f"--{name}", type=kind, choices=choices, default=default, help=PLANNED[name]
         )
-    arguments = vars(_parse(parser, _spell_out(argv)))
-    model, card = arguments.pop("model"), arguments.pop("card")
-    planned = plan_memory(model, arguments.pop("method"), **arguments)
+    given = vars(_parse(parser, _spell_out(argv)))
+    card = given.pop("card")
+    planned = plan_memory(given.pop("model"), given.pop("method"), **given)
     size = f"batch {planned.batch_size} of {planned.max_length:,} tokens"
     print(f"{planned.name}, {planned.settings.method}: {size}")
     print(planned.table())
@@ -132,7 +130,8 @@ def finetune(argv: Sequence[str]) -> int:
     else:
         config = FinetuneConfig.from_yaml(chosen.config)
     usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
-    parser = _parser("finetune", usage, finetune, HfArgumentParser, [FinetuneConfig], [start])
+    about = _describe("finetune", usage)
+    parser = HfArgumentParser(FinetuneConfig, **about, parents=[start])  # type: ignore[arg-type]
     parser.set_defaults(**asdict(config))
     metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
     for action in parser._actions:
@@ -157,22 +156,25 @@ def chat(argv: Sequence[str]) -> int:
     """Talk to a base and its adapters.  chat --use all"""
     from qlora_edu.production.chat import converse, load_chat, opening_lines
     from qlora_edu.production.serving import BASE
+    from qlora_edu.text.conversations import require_counts
     from qlora_edu.text.generation import check_sampling
 
     own = "data/base-model"
-    parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]", chat)
+    usage = "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]"
+    parser = argparse.ArgumentParser(**_describe("chat", usage))
     add = parser.add_argument
     add("--model", default=own, help="the base: a folder, or a name on the Hub")
-    add("--adapter", action="append", metavar="NAME=FOLDER", help="may be given several times")
+    add("--adapter", action="append", type=_named, metavar="NAME=FOLDER", help="one or several")
     add("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
     add("--method", default="qlora", help="qlora: the base in 4 bits; lora: as it is")
     add("--temperature", type=float, default=0.0, help="0 is greedy; higher is freer")
     add("--top-p", type=float, default=0.9, help="share of the likeliest that are drawn from")
-    add("--length", type=_count, default=96, help="the most tokens of an answer")
+    add("--length", type=int, default=96, help="the most tokens of an answer")
     add("--remember", action="store_true", help="hand earlier messages on")
     given = parser.parse_args(argv)
     check_sampling(given.temperature, given.top_p)
-    adapters = _adapters(given.adapter or []) if given.adapter or given.model != own else None
+    require_counts(GenerationError, length=given.length)
+    adapters = dict(given.adapter or []) if given.adapter or given.model != own else None
     talk = load_chat(given.model, adapters, given.method)
     talk.temperature, talk.top_p = given.temperature, given.top_p
     talk.max_new_tokens, talk.remember = given.length, given.remember
@@ -186,36 +188,19 @@ def chat(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "doctor": doctor,
-    "plan": plan,
-    "finetune": finetune,
-    "chat": chat,
+    command.__name__: command for command in (doctor, plan, finetune, chat)
 }
 
 
-def _overview() -> str:
-    commands = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
-    head = "usage: python -m qlora_edu COMMAND ...; each explains itself with --help"
-    return "\n".join([head, "", *commands])
-
-
-def _parser(
-    name: str,
-    usage: str,
-    command: Callable,
-    kind: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser,
-    settings: Sequence[type] = (),
-    parents: Sequence[argparse.ArgumentParser] = (),
-) -> argparse.ArgumentParser:
-    return kind(
-        *([settings] if settings else []),
-        prog=f"qlora_edu {name}",
-        usage=f"python -m qlora_edu {name} {usage}",
-        description=(command.__doc__ or "").partition("  ")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        parents=list(parents),
-    )
+def _describe(name: str, usage: str) -> dict[str, Any]:
+    """What every command's parser is made with."""
+    return {
+        "prog": f"qlora_edu {name}",
+        "usage": f"python -m qlora_edu {name} {usage}",
+        "description": (COMMANDS[name].__doc__ or "").partition("  ")[0],
+        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        "allow_abbrev": False,
+    }
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -231,29 +216,12 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 
 
 def _spell_out(argv: Sequence[str]) -> list[str]:
-    """Write `name=value` as `--name=value`, unless it is the value of the option before it.
+    """Write `name=value` as `--name=value`.
 
-    >>> _spell_out(["r=8", "--resume", "seed=1", "--output_dir", "a=b"])
-    ['--r=8', '--resume', '--seed=1', '--output_dir', 'a=b']
+    >>> _spell_out(["r=8", "--resume", "--output_dir", "some/folder"])
+    ['--r=8', '--resume', '--output_dir', 'some/folder']
     """
-    words: list[str] = []
-    for word in argv:
-        before = words[-1] if words else ""
-        is_flag = before.startswith(("--resume", "--no_", "--no-"))
-        awaited = before.startswith("--") and "=" not in before and not is_flag
-        name, equals, _ = word.partition("=")
-        words.append(f"--{word}" if equals and name.isidentifier() and not awaited else word)
-    return words
-
-
-def _yes_or_no(word: str) -> bool:
-    if word.lower() not in ("true", "false", "yes", "no", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-    return word.lower() in ("true", "yes", "1")
-
-
-def _names(word: str) -> str | tuple[str, ...]:
-    return word if word == "all-linear" else tuple(name.strip() for name in word.split(","))
+    return [f"--{w}" if "=" in w and w.partition("=")[0].isidentifier() else w for w in argv]
 
 
 def _card(word: str) -> float:
@@ -266,23 +234,8 @@ def _card(word: str) -> float:
     return gigabytes
 
 
-def _count(word: str) -> int:
-    if not word.isdecimal() or not 1 <= int(word) < 2**31:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, not {word!r}")
-    return int(word)
-
-
-_KINDS: dict[str, Any] = {"target_modules": _names}
-
-
-def _adapters(pairs: Sequence[str]) -> dict[str, str]:
-    """`name=folder` or `folder`, which is then called by its last part."""
-    found = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        folder = folder if equals else pair
-        name = name if equals else Path(pair).name.replace(".", "_")
-        if not (name and folder and Path(folder).is_dir()):
-            raise LoRAError(f"there is no folder {folder!r} to take the adapter {name!r} from")
-        found[name] = folder
-    return found
+def _named(word: str) -> tuple[str, str]:
+    name, _, folder = word.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"NAME=FOLDER is wanted, not {word!r}")
+    return name, folder

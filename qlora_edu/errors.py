@@ -1,8 +1,7 @@
 """Every error of this course: one base, and a short family under it.
 
-`except QloraError` catches whatever the course refuses to do. Each message names what was wrong and
-says what to do next. The second base is the built-in error that fits, so that code which knows
-nothing of this course may catch that one.
+Each message names what was wrong and says what to do next. The second base of each is the built-in
+error that fits, for code which knows nothing of this course.
 
 | what went wrong | error |
 |---|---|
@@ -98,20 +97,11 @@ class NotReadyError(QloraError, RuntimeError):
 def reading(path: str | Path, error: type[QloraError], advice: str) -> Iterator[None]:
     """Raise whatever goes wrong while a file is read and parsed as `error`, with the file's name.
 
-    Parsers have errors of their own, of many kinds; whoever called us knows only the file. An
-    error of the course passes as it is: it says more.
+    Parsers have errors of many kinds; whoever called us knows only the file. An error of the course
+    passes as it is: it says more. `advice` says what to do next; it ends the message.
 
-    Args:
-        path: the file that is being read.
-        error: the kind of error to raise.
-        advice: what to do next; the end of the message.
-
-    Raises:
-        QloraError: of the kind `error`.
-
-    >>> import json
     >>> with reading("notes.json", DataError, "write it anew"):
-    ...     json.loads("{")
+    ...     __import__("json").loads("{")
     Traceback (most recent call last):
     qlora_edu.errors.DataError: cannot read notes.json (Expecting property name ...); write it anew
     """

@@ -1,11 +1,9 @@
 """Chapter 9. QLoRA on the stack that people really use: bitsandbytes, PEFT and TRL.
 
-One configuration and one run: prepare, measure, train, measure, write.
-`finetune(FinetuneConfig.from_preset("embedded"))` takes the course's own tiny base model through
-all of it on two CPU cores; `"guanaco-7b"` and its larger siblings are the paper's recipe on one
-GPU, along the same path. Every setting that changes the result is written out, because the
-defaults of these libraries are traps (`BitsAndBytesConfig` alone would give FP4, float32, and no
-double quantisation).
+One configuration and one run: prepare, measure, train, measure, write. The preset "embedded" takes
+the course's own tiny base through all of it on two CPU cores, "guanaco-7b" a real one on one GPU.
+Every setting that changes the result is written out, because the defaults of these libraries are
+traps (`BitsAndBytesConfig` alone would give FP4, float32, and no double quantisation).
 """
 
 import math
@@ -29,7 +27,6 @@ from qlora_edu.production.loading import (
     check_one_dtype,
     check_positions,
     check_processes,
-    check_questions,
     check_targets,
     fsdp,
     load_base,
@@ -54,17 +51,14 @@ SECONDS_PER_BLOCK = 0.014  # at least, for forward, repeated and backward pass o
 def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> FinetuneResult:
     """Fine-tune, measure before and after, and write a run folder.
 
-    The folder holds `adapter_model.safetensors` and `adapter_config.json` (or the whole model, for
-    `method="full"`), the tokenizer, `config.yaml`, `metrics.jsonl`, `versions.json` and a manifest
-    of their sums. Until it is there, checkpoints are kept in `<folder>.checkpoints`; with
-    `resume=True` the run goes on from the newest that is whole, to the same bits on a CPU.
+    The folder holds the adapter (or the whole model, for `method="full"`), the tokenizer,
+    `config.yaml`, `metrics.jsonl`, `versions.json` and a manifest of their sums. Until it is there,
+    checkpoints are kept in `<folder>.checkpoints`; with `resume=True` the run goes on from the
+    newest that is whole, to the same bits on a CPU.
 
     Raises:
-        RunExistsError: if `output_dir` exists, or holds checkpoints of a run to be resumed.
-        ModelUnavailableError, DataError, ConfigError: if model, data or a target cannot be had.
-        DoesNotFitError: if a batch does not fit in the device's memory.
-        TrainingError: if gradients do not reach the first layer, or the loss stops being finite.
-        CheckpointError: if a file cannot be written, or a checkpoint is not of this run.
+        QloraError: in the kind that fits: `RunExistsError`, `ModelUnavailableError`, `DataError`,
+            `ConfigError`, `DoesNotFitError`, `TrainingError`, `CheckpointError`.
     """
     # Of several processes the first talks and writes; the others compute as it does.
     writes = int(os.environ.get("RANK", 0)) == 0
@@ -97,14 +91,19 @@ def prepare(run: Run, resume: bool) -> None:
     held_out = read_conversations(locate(config.held_out_data), "test")
     run.held_out = held_out[: config.held_out_rows]
     train_data = read_conversations(locate(config.train_data), "train")
-    check_questions(run.held_out + train_data)
     rows = f"the rows by the chat template of {config.model}"
     with reading(rows, DataError, "mend the template"):
         run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
         run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
-    check_positions(model, run.rows + run.encoded)
+    check_positions(model, run.encoded + run.rows)
     run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
-    run.warn_of_long_answers()
+    limit, asked = config.max_new_tokens, run.encoded[: config.answer_rows]
+    long = sum(sum(label != -100 for label in row["labels"]) > limit for row in asked)
+    if long:
+        print(
+            f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens, so "
+            "generation stops before their end"
+        )
     if found:
         run.checkpoint, metadata = found
         check_metadata(run.checkpoint, metadata, run.metadata)
@@ -113,8 +112,13 @@ def prepare(run: Run, resume: bool) -> None:
         print(f"no checkpoint in {saved} yet: the run starts from its beginning")
     run.trainer = make_trainer(config, model, run.tokenizer, run.rows, run.part)
     run.trainer.add_callback(FinetuneCallback(run))
-    if torch.cuda.is_available():
-        _check_memory(run)
+    if torch.cuda.is_available():  # refuse rows that would run out of memory at some later step
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        lengths = [len(row["input_ids"]) for row in run.rows]
+        try:
+            check_lengths(plan_run(config, run.trainer.model.config), lengths, free / GIB)
+        except PlanError as error:
+            print(f"memory is not planned ({error}); the longest batch is tried before step 1")
     print(f"{config.method}: {config.model}, {run.trainable_parameters:,} parameters to train")
     if run.trainer.args.world_size > 1:
         print(f"{run.trainer.args.world_size} processes share the rows of each step")
@@ -142,7 +146,19 @@ def train(run: Run) -> None:
 
 def write(run: Run) -> FinetuneResult:
     """Write the run folder, if this process is the one that writes."""
-    result = FinetuneResult.of(run)
+    assert run.before and run.after
+    result = FinetuneResult(
+        config=run.config,
+        folder=run.folder,
+        before=run.before,
+        after=run.after,
+        training_seconds=run.seconds,
+        losses=run.losses,
+        trainable_parameters=run.trainable_parameters,
+        held_out=run.held_out,
+        model=run.trainer.model.eval(),
+        tokenizer=run.tokenizer,
+    )
     if run.writes:
         with quiet():
             write_run(run.part, result, run.metadata)
@@ -196,7 +212,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # of rows that are shuffled beforehand
-        dataloader_num_workers=0,
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
         ddp_backend=None if cuda or processes == 1 else "gloo",
@@ -214,7 +229,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        eval_strategy="no",
         trust_remote_code=False,
     )
 
@@ -226,10 +240,7 @@ def make_trainer(
     rows: Sequence[dict[str, list[int]]],
     folder: Path,
 ) -> Any:
-    """TRL's `SFTTrainer` over encoded rows, with the adapter attached in `adapter_dtype`.
-
-    The trainer reads the rows one after the other in the order that `row_order` settles.
-    """
+    """TRL's `SFTTrainer` over encoded rows in `row_order`, with an adapter in `adapter_dtype`."""
     per_step = config.batch_size * config.gradient_accumulation_steps
     lengths = [len(row["input_ids"]) for row in rows] if config.group_by_length else None
     order = row_order(len(rows), per_step * config.max_steps, config.seed, lengths, per_step)
@@ -259,7 +270,6 @@ def make_trainer(
 def plan_run(config: FinetuneConfig, model: Any = None) -> MemoryPlan:
     """The memory of one step of a run, planned (chapter 6) before anything is loaded.
 
-    Configuration and planner call a setting by the same name; the rest follows from it here.
     `model` is as for `plan_memory`, by default `config.model`.
 
     >>> plan = plan_run(FinetuneConfig.from_preset("guanaco-7b"), "llama-7b")
@@ -296,9 +306,9 @@ def expected_minutes(
         config: the settings of the run; every row is taken to be `max_length` long.
         weights: of the linear layers, the output head among them.
         blocks: of the model; each takes at least `SECONDS_PER_BLOCK`.
-        tflops: what the card is rated at in `compute_dtype`, in 10¹² operations per second.
-        share: what a run reaches of it: on an H100 full fine-tuning of a 7B 30 % and QLoRA 15 %,
-            at 2,048 tokens per step (`data/results/gpu_steps.json`).
+        tflops: the card's rating in `compute_dtype`, in 10¹² operations per second.
+        share: what a run reaches of it: on an H100 30 %, or 15 % with QLoRA, at 2,048 tokens per
+            step of a 7B (`data/results/gpu_steps.json`).
 
     >>> config = FinetuneConfig.from_preset("guanaco-7b")
     >>> round(expected_minutes(config, 6_607_077_376, 32, tflops=312))  # linear layers and head
@@ -308,13 +318,3 @@ def expected_minutes(
     operations = 2 * weights * passes * config.batch_size * config.max_length
     seconds = max(operations / (share * tflops * 1e12), blocks * SECONDS_PER_BLOCK)
     return config.max_steps * config.gradient_accumulation_steps * seconds / 60
-
-
-def _check_memory(run: Run) -> None:
-    """Before the first step: refuse rows that would run out of memory at some later one."""
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    lengths = [len(row["input_ids"]) for row in run.rows]
-    try:
-        check_lengths(plan_run(run.config, run.trainer.model.config), lengths, free / GIB)
-    except PlanError as error:
-        print(f"memory is not planned ({error}); the longest batch is tried before step 1")

@@ -342,7 +342,7 @@ def test_rows_beyond_the_positions_of_the_model_are_refused(config, tmp_path):
 def test_a_row_that_asks_nothing_is_named(config, tmp_path):
     rows = [*make_rows(1), {"messages": [{"role": "assistant", "content": "Hello."}]}]
     data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(DataError, match=r"rows\.jsonl:2 begins with an answer"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the conversation begins with an answer"):
         run_finetune(config.replace(held_out_data=data))
 
 
@@ -516,7 +516,7 @@ def test_tensors_that_are_missing_or_left_out_are_said(config, tmp_path, change,
             load_base(settings)
     else:
         load_base(settings)
-        assert "knows no layer for the tensor model.layers.2.mlp.up_proj" in capsys.readouterr().out
+        assert "has no layer for the tensor model.layers.2.mlp.up_proj" in capsys.readouterr().out
 
 
 def test_pickled_weights_are_never_loaded(config, tmp_path):

@@ -1,10 +1,8 @@
 """Support for chapter 9: what happens between the steps of a run.
 
-The trainer calls a *callback* at each event. This one keeps a progress bar and the losses, looks at
-the gradients before the first step, stops at a loss that is not finite, lets the model answer now
-and then, and writes a checkpoint every `save_steps` steps. It writes at the *beginning* of a step:
-then the rows, the learning rate and the random state of the coming step are settled, and nothing
-of it has happened. A resumed run begins at that very point.
+A checkpoint is written at the *beginning* of a step: then the rows, the learning rate and the
+random state of the coming step are settled, and nothing of it has happened. A resumed run begins at
+that very point.
 """
 
 import json
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qlora_edu.errors import CheckpointError, DoesNotFitError, TrainingError
+from qlora_edu.errors import CheckpointError, DoesNotFitError, TrainingError, reading
 from qlora_edu.production.checkpoints import (
     load_optimizer_state,
     optimizer_state,
@@ -29,41 +27,30 @@ from qlora_edu.production.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
-from qlora_edu.production.run_folder import (
-    Run,
-    Scores,
-    check_finite,
-    checkpoints_of,
-    save_weights,
-)
+from qlora_edu.production.run_folder import Run, Scores, check_finite, checkpoints_of, save_weights
 from qlora_edu.training import Batch, collate, completion_loss, generate_answers
 
 PROGRESS = "progress.json"
 
 
 class FinetuneCallback(TrainerCallback):
-    """Progress, samples, checkpoints, and an end to a run that goes wrong.
-
-    Args:
-        run: the run; its losses, seconds and, after resuming, its first scores are kept there.
-    """
+    """Progress, samples, checkpoints, and an end to a run that goes wrong."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.resume_from = run, run.checkpoint
+        self.run, self.resume_from, self.kept = run, run.checkpoint, {}
         if run.checkpoint is not None:
-            kept = json.loads((run.checkpoint / PROGRESS).read_text(encoding="utf-8"))
-            run.losses = [(step, loss) for step, loss in kept["losses"]]
-            run.seconds = kept["seconds"]
-            run.before = Scores(**kept["before"])
+            self.kept = json.loads((run.checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            run.losses = [(step, loss) for step, loss in self.kept["losses"]]
+            run.seconds, run.before = self.kept["seconds"], Scores(**self.kept["before"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Look at the gradients, put the optimizer's state back, start the clock."""
-        check_gradients(others["model"], collate(self.run.longest))
+        longest = sorted(self.run.rows, key=lambda row: -len(row["input_ids"]))
+        check_gradients(others["model"], collate(longest[: self.run.config.batch_size]))
         if self.resume_from is not None:
-            kept = json.loads((self.resume_from / PROGRESS).read_text(encoding="utf-8"))
             tensors = load_file(self.resume_from / "optimizer.safetensors")
-            load_optimizer_state(others["optimizer"], tensors, kept["optimizer"])
-            others["lr_scheduler"].load_state_dict(kept["scheduler"])
+            load_optimizer_state(others["optimizer"], tensors, self.kept["optimizer"])
+            others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
         self.bar = tqdm(
             total=self.run.config.max_steps,
             initial=state.global_step,
@@ -78,7 +65,12 @@ class FinetuneCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Put the random state back, after resuming; or write a checkpoint, when one is due."""
         if self.resume_from is not None:
-            self._restore_random_state(self.resume_from, args.world_size)
+            if args.world_size > 1:  # each process has its own, and only the first one's is kept
+                print(f"resumed over {args.world_size} processes: dropout is drawn anew from here")
+            else:
+                path = self.resume_from / "random_state.safetensors"
+                with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
+                    set_random_state(load_file(path))
             self.resume_from = None
         elif self._is_due(state.global_step, self.run.config.save_steps) and self.run.writes:
             self._save(state, **others)
@@ -139,26 +131,11 @@ class FinetuneCallback(TrainerCallback):
         folder, keep = checkpoints_of(run.folder), run.config.save_total_limit
         save_checkpoint(folder, state.global_step, write, run.metadata, keep)
 
-    @staticmethod
-    def _restore_random_state(checkpoint: Path, processes: int) -> None:
-        if processes > 1:
-            # Each process has a random state of its own, and only that of the first is kept.
-            print(f"resumed over {processes} processes: dropout is drawn anew from here")
-            return
-        try:
-            set_random_state(load_file(checkpoint / "random_state.safetensors"))
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{checkpoint / 'random_state.safetensors'} is of another version of Python, "
-                f"NumPy or PyTorch ({error}); resume with the versions that the run began with"
-            ) from error
-
 
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     """Go forward and back once, and make sure that gradients reach every part of the first layer.
 
-    `B` starts at zero, so at the first step `A` has a gradient of zeros; all else in the first
-    layer must have one that is not. Gradients and random state are left as they were.
+    Gradients and random state are left as they were.
 
     Raises:
         TrainingError: naming the parameter which gradients do not reach.
@@ -181,18 +158,17 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
             "not fit in memory. Lower batch_size (and raise gradient_accumulation_steps by as "
             "much), or max_length, or set gradient_checkpointing=true"
         ) from error
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    numbered = [match[0] for name, _ in trainable if (match := re.match(r".*?\.\d+\.", name))]
-    first = numbered[0] if numbered else ""
-    for name, parameter in trainable:
-        gradient = parameter.grad
-        if not name.startswith(first):
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    layers = [match[0] for name in gradients if (match := re.match(r".*?\.\d+\.", name))]
+    for name, gradient in gradients.items():
+        if layers and not name.startswith(layers[0]):
             continue
         if gradient is None or not gradient.isfinite().all():
             raise TrainingError(
                 f"before step 1: the gradient of {name} is missing or not finite; look for damaged "
                 "weights in the base"
             )
+        # B starts at zero, so at the first step the gradient of A is zero.
         if not gradient.any() and "lora_A" not in name:
             raise TrainingError(
                 f"before step 1: no gradient reaches {name}. A layer above it cuts the backward "

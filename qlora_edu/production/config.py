@@ -1,12 +1,12 @@
 """Support for chapter 9: the settings of a fine-tune, checked, with the paper's presets.
 
-Whatever decides what a fine-tune does is one field of `FinetuneConfig`, and each field says what it
-means: `python -m qlora_edu finetune --help` prints them all. A wrong name, type or value is refused
-when the configuration is made, not an hour into the training.
+Each field says what it means, and `python -m qlora_edu finetune --help` prints them all. A wrong
+name, type or value is refused when the configuration is made, not an hour into the training.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), appendix B.
 """
 
+import contextlib
 import difflib
 import math
 import re
@@ -18,8 +18,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from qlora_edu.errors import ConfigError, reading
 
-LARGEST = 2**31 - 1
-"""No whole number may be larger: NumPy or the trainer would not take it, or overflow later."""
+LARGEST = 2**31 - 1  # a larger number NumPy or the trainer would not take, or overflow later
 AT_LEAST_ONE = (
     "r max_steps batch_size gradient_accumulation_steps max_length held_out_rows max_new_tokens "
     "eval_batch_size logging_steps save_total_limit"
@@ -38,9 +37,7 @@ def _setting(meaning: str, default: Any = MISSING) -> Any:
 class FinetuneConfig:
     """Everything that decides what a fine-tune does. Checked when made; never changed afterwards.
 
-    `python -m qlora_edu finetune --help` lists the settings with their meaning; here each has it
-    as its `help`. A step sees `batch_size * gradient_accumulation_steps` rows, on however many
-    processes.
+    A step sees `batch_size * gradient_accumulation_steps` rows, on however many processes.
 
     Raises:
         ConfigError: naming the setting, its value, and what it should have been.
@@ -55,8 +52,7 @@ class FinetuneConfig:
     train_data: str = _setting("rows to train on: a JSONL file, or a data set of the Hub")
     held_out_data: str = _setting("rows to measure on: a JSONL file, or a data set of the Hub")
     method: Literal["qlora", "lora", "full"] = _setting(
-        "qlora: adapters on a 4-bit base; lora: on the base as it is; full: train all weights",
-        "qlora",
+        "qlora: adapters on a 4-bit base; lora: on the base as it is; full: all weights", "qlora"
     )
     # The 4-bit base (section 3 of the paper).
     quant_type: Literal["nf4", "fp4"] = _setting("the sixteen levels of the 4-bit weights", "nf4")
@@ -69,9 +65,7 @@ class FinetuneConfig:
     )
     # The adapter.
     target_modules: str = _setting(
-        "layers that get an adapter: all-linear (all but the output head), or names with commas "
-        "between them, such as q_proj,v_proj",
-        "all-linear",
+        "layers with adapters: all-linear (all but the output head), or q_proj,v_proj", "all-linear"
     )
     r: int = _setting("rank of the adapters", 64)
     lora_alpha: float = _setting("the adapters' product is multiplied by lora_alpha / r", 16.0)
@@ -125,16 +119,10 @@ class FinetuneConfig:
             **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: 0 <= v < math.inf, "at least 0")),
             **dict.fromkeys(POSITIVE.split(), (lambda v: 0 < v < math.inf, "above 0 and finite")),
             **dict.fromkeys(TEXTS.split(), (_is_text, "a name or a path, in printable characters")),
-            "name": (
-                lambda v: re.fullmatch(r"\w[\w.+=-]{0,99}", v),
-                "a folder's name: letters, digits, and .+=_- after the first",
-            ),
+            "name": (_is_name, "a folder's name: letters, digits, and .+=_- after the first"),
             "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
             "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
-            "target_modules": (
-                lambda v: all(self.targets),
-                "'all-linear' or names of layers with commas between them",
-            ),
+            "target_modules": (lambda v: all(self.targets), "'all-linear' or names with commas"),
             "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
         }
         for name, (allowed, wanted) in limits.items():
@@ -146,21 +134,15 @@ class FinetuneConfig:
 
     @property
     def targets(self) -> str | tuple[str, ...]:
-        """The layers that get an adapter: "all-linear", or their names.
-
-        >>> FinetuneConfig.from_preset("embedded", target_modules="q_proj, v_proj").targets
-        ('q_proj', 'v_proj')
-        """
+        """The layers that get an adapter: "all-linear", or their names."""
         if self.target_modules == "all-linear":
             return self.target_modules
         return tuple(name.strip() for name in self.target_modules.split(","))
 
     @property
     def base_dtype(self) -> str:
-        """The dtype of weights that are not quantised.
-
-        Full fine-tuning keeps float32: bfloat16 would round its small steps away.
-        """
+        """The dtype of weights that are not quantised."""
+        # Full fine-tuning keeps float32: bfloat16 would round its small steps away.
         return "float32" if self.method == "full" else self.compute_dtype
 
     @classmethod
@@ -219,11 +201,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ConfigError(f"{name} must be one of {get_args(hint)}, not {value!r}")
     allowed = get_args(hint) or (hint,)
     # YAML reads 2e-4 as a string; only 2.0e-4 is a number to it.
-    if float in allowed and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+    if float in allowed and type(value) in (int, str):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except (ValueError, OverflowError):
-            pass
     elif type(value) in allowed:
         return value
     wanted = " or ".join(kind.__name__ for kind in allowed)
@@ -232,6 +212,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 def _is_text(value: str | None) -> bool:
     return value is None or bool(value.strip() and value.isprintable())
+
+
+def _is_name(value: str) -> bool:
+    return re.fullmatch(r"\w[\w.+=-]{0,99}", value) is not None
 
 
 def _guanaco(size: str, learning_rate: float, lora_dropout: float) -> dict[str, Any]:

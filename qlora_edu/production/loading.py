@@ -1,7 +1,6 @@
 """Support for chapters 9 and 10: load a base model, with everything that matters said out loud.
 
-Weights come from safetensors only, and no code from the Hub is ever run. The 4-bit layers of
-bitsandbytes are loaded so that they stay trainable, whatever is evaluated first.
+Weights come from safetensors only, and no code from the Hub is ever run.
 """
 
 import math
@@ -27,7 +26,7 @@ from qlora_edu.files import ROOT
 from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.production.checkpoints import fingerprint, verify_manifest
 from qlora_edu.production.config import FinetuneConfig, did_you_mean
-from qlora_edu.text.conversations import GUANACO_TEMPLATE, Conversation
+from qlora_edu.text.conversations import GUANACO_TEMPLATE
 
 
 def quantization_config(config: FinetuneConfig) -> Any:
@@ -51,13 +50,7 @@ def quantization_config(config: FinetuneConfig) -> Any:
 
 
 def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
-    """Model and tokenizer, from a folder or the Hub: safetensors only, and never remote code.
-
-    Args:
-        config: of its settings, those that say which model, in which dtype and how quantised.
-
-    Returns:
-        Model and tokenizer; the tokenizer has a token to pad with.
+    """Model and tokenizer, from a folder or the Hub; the tokenizer has a token to pad with.
 
     Raises:
         ModelUnavailableError: naming the model and the ways out.
@@ -83,8 +76,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             )
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"the weights of {config.model!r} do not fit in memory; take method=qlora, a smaller "
-            "model, or end the other programs on the card"
+            f"{config.model!r} does not fit in memory; take method=qlora or a smaller model"
         ) from error
     except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
@@ -95,16 +87,14 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "no network"
         ) from error
     model, found = loaded
-    if found["missing_keys"]:
+    lacking, left_out = found["missing_keys"], found["unexpected_keys"]
+    if lacking:
         raise ModelUnavailableError(
-            f"the weights of {config.model!r} lack {_some(found['missing_keys'])}, which would be "
-            "drawn at random; download it again"
+            f"the weights of {config.model!r} lack {_some(lacking)}, which would be drawn at "
+            "random; download it again"
         )
-    if found["unexpected_keys"]:
-        print(
-            f"warning: config.json of {config.model!r} knows no layer for "
-            f"{_some(found['unexpected_keys'])}: left out"
-        )
+    if left_out:
+        print(f"warning: {config.model!r} has no layer for {_some(left_out)}: left out")
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -120,26 +110,18 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
 
 def _some(names: Iterable[str]) -> str:
     first, *others = sorted(names)
-    return f"{first} and {len(others)} other tensors" if others else f"the tensor {first}"
+    return f"the tensor {first}" + (f" and {len(others)} others" if others else "")
 
 
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
 
-    Every file is compared with the manifest, and the base with the fingerprint in it.
-
-    Args:
-        folder: a run folder.
-        base: where the base is now, if not where the run found it.
-
-    Returns:
-        Model and tokenizer.
+    `base` says where the base is now, if not where the run found it.
 
     Raises:
-        DamagedFileError: naming a file that is missing or changed.
+        DamagedFileError: naming a file that is not what the manifest says.
         CheckpointError: if the base is another, even one of the same shape.
-        ModelUnavailableError: if the base cannot be had.
-        LoRAError: in the kinds of `attach_adapter`.
+        ModelUnavailableError, LoRAError: as `load_base` and `attach_adapter`.
     """
     folder = Path(folder)
     metadata = verify_manifest(folder)
@@ -163,22 +145,15 @@ def attach_adapter(
 ) -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it. PEFT itself would pass over
-    tensors that are missing (a deeper base), left over or damaged. Whether the *weights* of the
-    base are the right ones only `load_run` can tell.
-
-    Args:
-        model: the base; it is changed.
-        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-        allow_partial: let an adapter pass that was meant for some blocks only.
-        name: what the adapter is called in the model, without dots.
+    A model that has an adapter already gets another one beside it, called `name`. PEFT itself
+    would pass over tensors that are missing (a deeper base), left over or damaged. Whether the
+    *weights* of the base are the right ones only `load_run` can tell.
 
     Returns:
-        The model with the adapter, ready to answer.
+        The model with the adapter, ready to answer; `model` itself is changed.
 
     Raises:
-        AdapterFileError, DamagedAdapterError, AdapterMismatchError, UntrainedAdapterError: see
-            `qlora_edu.adapters`.
+        LoRAError: if the files cannot be read, are damaged, or do not fit.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
@@ -230,7 +205,7 @@ def attach_adapter(
 
 
 def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse, before a base is touched, settings and tensors that no LoRA adapter has."""
+    """Refuse, before a base is touched, settings that no LoRA adapter has."""
     if not hasattr(config, "lora_alpha"):
         raise AdapterFileError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
     alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
@@ -241,10 +216,6 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         raise AdapterFileError(f"target_modules must be names, not {config.target_modules!r}")
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterFileError(
-                f"{name} is of {tensor.dtype}, which no adapter is; save it again"
-            )
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
             raise AdapterMismatchError(
                 f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
@@ -254,11 +225,7 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
-    """Make sure that each layer which is to get an adapter is there.
-
-    Raises:
-        ConfigError: naming the targets that no linear layer is called by.
-    """
+    """Refuse a target that no linear layer is called by."""
     if config.targets == "all-linear" or config.method == "full":
         return
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -271,26 +238,8 @@ def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
             )
 
 
-def check_questions(conversations: Iterable[Conversation]) -> None:
-    """Make sure that something is asked before the first answer of each.
-
-    Raises:
-        DataError: naming the row.
-    """
-    for conversation in conversations:
-        if conversation[0]["role"] == "assistant":
-            raise DataError(
-                f"{conversation.where} begins with an answer, so that nothing is asked; put the "
-                "question before it, or drop the row"
-            )
-
-
 def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
-    """Make sure that the model has a position for each token of each row.
-
-    Raises:
-        DataError: naming the longest row's tokens, and what to do.
-    """
+    """Make sure that the model has a position for each token of each row."""
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest = max(len(row["input_ids"]) for row in rows)
     if longest > positions:
@@ -301,11 +250,7 @@ def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
 
 
 def check_processes(config: FinetuneConfig) -> int:
-    """How many processes share the work; refuse a number, or a way, that cannot.
-
-    Raises:
-        ConfigError: naming the setting to change.
-    """
+    """How many processes share the work; refuse a number, or a way, that cannot."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if config.gradient_accumulation_steps % processes:
         raise ConfigError(
@@ -329,9 +274,6 @@ def check_one_dtype(model: torch.nn.Module) -> None:
     """Refuse a model that FSDP of version 1 cannot flatten: all its tensors must be of one dtype.
 
     Packed 4-bit weights count with the dtype that they are stored as (`quant_storage`).
-
-    Raises:
-        ConfigError: naming the dtypes, a tensor of each, and what to set.
     """
     example: dict[torch.dtype, str] = {}
     for name, parameter in model.named_parameters():

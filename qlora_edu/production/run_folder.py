@@ -1,7 +1,7 @@
 """Support for chapters 9 and 10: a run on its way, and what it leaves behind.
 
 A run folder is written whole or not at all: everything goes to a hidden folder beside it, which
-takes its name in one move at the end. A fine-tune killed half-way leaves no folder that looks done.
+takes its name in one move at the end.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -47,28 +47,19 @@ class Scores:
 
 @dataclass(kw_only=True)
 class Run:
-    """A fine-tune on its way: what was prepared, and what has come of it so far.
-
-    Attributes:
-        part: where the run is written, until all of it takes the name `folder` in one move.
-        writes: false in every process but the first, if there are several.
-        checkpoint: the one that the run goes on from.
-        metadata: what its checkpoints and its adapter belong to; see `run_metadata`.
-        encoded, rows: the held-out and the training rows as tokens and labels.
-        losses: pairs of a step and the mean loss since the pair before.
-    """
+    """A fine-tune on its way: what was prepared, and what has come of it so far."""
 
     config: FinetuneConfig
     folder: Path
-    part: Path
-    writes: bool
+    part: Path  # where it is written, until all of it takes the name `folder` in one move
+    writes: bool  # false in every process but the first, if there are several
     progress: bool
-    checkpoint: Path | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None  # the one that the run goes on from
+    metadata: dict[str, Any] = field(default_factory=dict)  # see `run_metadata`
     tokenizer: Any = None
     held_out: list[Conversation] = field(default_factory=list)
-    encoded: list[dict[str, list[int]]] = field(default_factory=list)
-    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    encoded: list[dict[str, list[int]]] = field(default_factory=list)  # the held-out rows
+    rows: list[dict[str, list[int]]] = field(default_factory=list)  # to train on, encoded
     trainer: Any = None
     before: Scores | None = None
     after: Scores | None = None
@@ -76,24 +67,9 @@ class Run:
     seconds: float = 0.0  # of training
 
     @property
-    def longest(self) -> list[dict[str, list[int]]]:
-        """The longest batch that may come."""
-        return sorted(self.rows, key=lambda row: -len(row["input_ids"]))[: self.config.batch_size]
-
-    @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
-
-    def warn_of_long_answers(self) -> None:
-        """Say how many answers cannot be matched, since generation stops before their end."""
-        limit, rows = self.config.max_new_tokens, self.encoded[: self.config.answer_rows]
-        long = sum(sum(label != -100 for label in row["labels"]) > limit for row in rows)
-        if long:
-            print(
-                f"warning: {long} held-out answer{'s have' if long > 1 else ' has'} more than "
-                f"max_new_tokens={limit} tokens, so generation stops before their end"
-            )
 
     @contextlib.contextmanager
     def saying_where(self) -> Iterator[None]:
@@ -118,7 +94,7 @@ class Run:
         return f"step {step} of {self.config.max_steps}; {goes_on}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What came of a run; `model` and `tokenizer` are ready to answer."""
 
@@ -132,23 +108,6 @@ class FinetuneResult:
     held_out: list[Conversation] = field(repr=False)
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
-
-    @classmethod
-    def of(cls, run: Run) -> Self:
-        """The result of a run that is measured twice and trained between."""
-        assert run.before and run.after
-        return cls(
-            config=run.config,
-            folder=run.folder,
-            before=run.before,
-            after=run.after,
-            training_seconds=run.seconds,
-            losses=run.losses,
-            trainable_parameters=run.trainable_parameters,
-            held_out=run.held_out,
-            model=run.trainer.model.eval(),
-            tokenizer=run.tokenizer,
-        )
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures of the run, ready for JSON."""
@@ -164,24 +123,24 @@ class FinetuneResult:
         }
 
     def table(self) -> str:
-        """Both measures, before and after, in four aligned lines or fewer."""
+        """Both measures, before and after, in three aligned lines or two."""
+        before, after = self.before, self.after
         lines = [
             f"{'':24}before    after",
-            f"held-out loss, nats  {self.before.held_out_loss:9.3f}{self.after.held_out_loss:9.3f}",
+            f"held-out loss, nats  {before.held_out_loss:9.3f}{after.held_out_loss:9.3f}",
         ]
-        if self.after.exact_match is not None:
-            match = f"{self.before.exact_match:9.2f}{self.after.exact_match:9.2f}"
-            lines.append(f"exact match          {match}")
+        if after.exact_match is not None:
+            lines.append(f"exact match          {before.exact_match:9.2f}{after.exact_match:9.2f}")
         return "\n".join(lines)
 
     def closing_line(self) -> str:
         """One line: what was measured, before and after."""
-        ending = f"{self.training_seconds:.0f} s of training"
-        if self.after.exact_match is None:
-            losses = f"{self.before.held_out_loss:.3f} → {self.after.held_out_loss:.3f}"
-            return f"held-out loss {losses} on {len(self.held_out)} held-out rows, {ending}"
-        matches = f"{self.before.exact_match:.2f} → {self.after.exact_match:.2f}"
-        return f"exact match {matches} on {len(self.after.answers)} held-out rows, {ending}"
+        before, after, rows = self.before, self.after, len(self.held_out)
+        said = f"held-out loss {before.held_out_loss:.3f} → {after.held_out_loss:.3f}"
+        if after.exact_match is not None:
+            said = f"exact match {before.exact_match:.2f} → {after.exact_match:.2f}"
+            rows = len(after.answers)
+        return f"{said} on {rows} held-out rows, {self.training_seconds:.0f} s of training"
 
 
 # Where a run is written
@@ -213,22 +172,19 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
                 "delete that folder yourself"
             )
         return folder
-    folders = [Path("runs") / f"{config.name}{n}" for n in ("", *(f"-{n}" for n in range(2, 1000)))]
-    interrupted = [f for f in folders if checkpoints_of(f).exists() and not f.exists()]
+    names = [config.name, *(f"{config.name}-{n}" for n in range(2, 1000))]
+    folders = [f for f in (Path("runs") / name for name in names) if not f.exists()]
+    interrupted = [f for f in folders if checkpoints_of(f).exists()]
     if resume and interrupted:
         return interrupted[-1]
-    free = [f for f in folders if not f.exists() and f not in interrupted]
+    free = [f for f in folders if f not in interrupted]
     if not free:
         raise RunExistsError(f"runs/{config.name} … -999 are all taken; choose another name")
     return free[0]
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Where the checkpoints of the run `folder` are kept until it is written.
-
-    >>> checkpoints_of(Path("runs/mine")).as_posix()
-    'runs/mine.checkpoints'
-    """
+    """Where the checkpoints of the run `folder` are kept until it is written."""
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
@@ -240,32 +196,28 @@ def _is_finished(folder: Path) -> bool:
 
 
 def discard_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, whose folder holds all that they were for.
-
-    What somebody else has put beside them stays. Unless the run folder is whole, nothing is done.
-    """
+    """Remove the checkpoints of a run whose folder is whole; what else is beside them stays."""
     saved = checkpoints_of(folder)
     if not saved.exists() or not _is_finished(folder):
         return
-    for path in (*checkpoints(saved), *saved.glob(".checkpoint-*.part-*")):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(*checkpoints(saved), *saved.glob(".checkpoint-*.part-*"))
     with contextlib.suppress(OSError):  # not empty
         saved.rmdir()
 
 
 def discard_unfinished(config: FinetuneConfig) -> None:
-    """Remove what a killed process has left: half-written folders, checkpoints of a finished run.
-
-    Of the run, that is, which `config` would resume.
-    """
+    """Remove half-written folders, and checkpoints of a finished run, before `config` resumes."""
     if config.output_dir is not None:
         discard_checkpoints(Path(config.output_dir))
     with contextlib.suppress(RunExistsError):
         folder = choose_output_dir(config, resume=True)
-        hidden = f".{folder.name}.part-*"
-        half = checkpoints_of(folder).glob(".checkpoint-*.part-*")
-        for part in (*folder.parent.glob(hidden), *half):
-            shutil.rmtree(part, ignore_errors=True)
+        _remove(*folder.parent.glob(f".{folder.name}.part-*"))
+        _remove(*checkpoints_of(folder).glob(".checkpoint-*.part-*"))
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -286,9 +238,9 @@ def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
     try:
         with whole_or_absent(folder) as part:
             yield part
+    except QloraError:
+        raise
     except (OSError, SafetensorError) as error:
-        if isinstance(error, QloraError):
-            raise
         raise cannot_write(folder, error) from error
     discard_checkpoints(folder)
 
@@ -297,44 +249,36 @@ def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
 
 
 def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:
-    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest.
-
-    Raises:
-        TrainingError: if a trained weight or a figure is not finite; nothing has been written.
-    """
+    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest."""
     import yaml
 
     config = result.config
+    save_weights(result.model, folder, config)
+    result.tokenizer.save_pretrained(folder)
     metrics = [
         {"event": "before", **asdict(result.before)},
         *({"event": "step", "step": step, "loss": loss} for step, loss in result.losses),
         {"event": "after", **asdict(result.after)},
         {"event": "summary", **result.summary()},
     ]
-    lines = "".join(
-        json.dumps(metric, ensure_ascii=False, allow_nan=False) + "\n" for metric in metrics
-    )
-    save_weights(result.model, folder, config)
-    result.tokenizer.save_pretrained(folder)
-    settings = yaml.safe_dump(asdict(config), sort_keys=False)
-    (folder / "config.yaml").write_text(settings, encoding="utf-8")
-    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    lines = [json.dumps(metric, ensure_ascii=False, allow_nan=False) for metric in metrics]
     versions = {
         "seed": config.seed,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         **{name: version(name) for name in STACK},
     }
-    (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    for name, text in (
+        ("config.yaml", yaml.safe_dump(asdict(config), sort_keys=False)),
+        ("metrics.jsonl", "\n".join(lines) + "\n"),
+        ("versions.json", json.dumps(versions, indent=1) + "\n"),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
     write_manifest(folder, metadata)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
-    """Write the adapter, as PEFT does, or for `method="full"` the whole model.
-
-    Raises:
-        TrainingError: naming a trained weight that is not finite; nothing has been written.
-    """
+    """Write the adapter, as PEFT does, or for `method="full"` the whole model; if it is finite."""
     check_finite((n, p) for n, p in model.named_parameters() if p.requires_grad)
     if config.method == "full":
         model.save_pretrained(folder)
@@ -344,11 +288,7 @@ def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound.
-
-    Raises:
-        TrainingError: naming the first of them.
-    """
+    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TrainingError(

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import bitsandbytes
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -398,7 +397,7 @@ def test_a_checkpoint_without_a_manifest_was_not_written_to_its_end(config, stop
     saved = interrupted(config, stop_at)
     (saved / "checkpoint-000008" / "manifest.json").unlink()
     assert latest_checkpoint(saved)[1]["step"] == 6
-    assert "manifest.json is missing or unreadable" in capsys.readouterr().out
+    assert "manifest.json ([Errno 2] No such file" in capsys.readouterr().out
 
 
 def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(config, stop_at):
@@ -437,7 +436,7 @@ def test_a_checkpoint_of_another_base_is_refused(config, stop_at, base, tmp_path
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-3  # the same shapes, one number of 100,000
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="with other weights than"):
+    with pytest.raises(CheckpointError, match="made with other weights than"):
         # The settings name the same folder: its content has changed since.
         run_finetune(config.replace(model=str(other)), progress=False, resume=True)
 
@@ -677,7 +676,7 @@ def test_a_manifest_that_vouches_for_nothing_is_refused(tmp_path, sums):
 def test_a_run_folder_that_cannot_be_written_is_said_before_anything_is_loaded(config, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     settings = config.replace(output_dir=str(tmp_path / "file" / "run"), model="nobody/nothing")
-    with pytest.raises(CheckpointError, match="cannot write .*run .*Look at the folder"):
+    with pytest.raises(CheckpointError, match="cannot write .*run .*look at the folder"):
         run_finetune(settings, progress=False)
 
 
@@ -686,7 +685,9 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoints(config, uninterrup
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_folder, "write_manifest", full)
-    with pytest.raises(CheckpointError, match="cannot write .*run .*Free some space, then resume"):
+    with pytest.raises(
+        CheckpointError, match="cannot write .*run .*Free some space, .*then resume"
+    ):
         run_finetune(config, progress=False)
     monkeypatch.undo()
     result = run_finetune(config, progress=False, resume=True)
@@ -748,15 +749,11 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):
         load_optimizer_state(make([nn.Parameter(torch.ones(1))]), tensors, rest)
 
 
-def test_all_random_states_are_put_back(tmp_path):
-    random.gauss(0, 1)  # Python and NumPy keep the second number of a pair for later
-    np.random.normal()
+def test_the_random_state_is_put_back(tmp_path):
     save_file(random_state(), tmp_path / "state")
-    expected = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
-    torch.rand(5), random.random(), np.random.rand(5)
+    expected = torch.rand(3)
     set_random_state(load_file(tmp_path / "state"))
-    found = torch.rand(3), random.gauss(0, 1), np.random.normal(), random.random()
-    assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+    assert torch.equal(torch.rand(3), expected)
 
 
 # Run folders: the adapter, its base, and what may have happened to them since
@@ -837,7 +834,8 @@ def test_a_base_that_has_moved_is_still_the_base(copied, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("deeper", "leaves out 7 layers"), ("shallower", "is not a")]
+    ("change", "says"),
+    [("deeper", "leaves out 7 layers"), ("shallower", "is not a")],
 )
 def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, change, says):
     """Adapters from elsewhere have none. PEFT only warns of a deeper base."""
@@ -900,7 +898,7 @@ def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dty
     file = copied / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with pytest.raises(LoRAError, match="which no adapter is"):
+    with pytest.raises(LoRAError, match="no floating dtype"):
         attach_adapter(model, copied)
 
 
