@@ -79,12 +79,7 @@ def _draw_errors(ax: Axes, noise: float, r: int, scaling: float) -> None:
         inside = error <= _TOP - 0.06
         mark = {"marker": "o", "mfc": "none"} if inside else {"marker": "^"}
         ax.plot(
-            r,
-            min(error, _TOP - 0.06),
-            color=PALETTE["highlight"],
-            mew=2.5,
-            markersize=13,
-            **mark,
+            r, min(error, _TOP - 0.06), color=PALETTE["highlight"], mew=2.5, markersize=13, **mark
         )
     numbers = r * (SIZE + SIZE)
     ax.set_title(f"r(in + out) = {numbers:,} numbers for {SIZE * SIZE:,}", fontsize=11)
