@@ -133,23 +133,15 @@ class MemoryPlan:
         """For each part of the step the rows of the ledger at its worst event."""
         live, marks = self.trace.live(self.batch_size, self.max_length), self.trace.marks
         head, turn = marks["head"], marks[f"back to {self.trace.blocks}"]
-        parts = {
-            "forward": live[:head],
-            "logits and loss": live[head:turn],
-            "backward": live[turn:],
-        }
+        parts = {"forward": live[:head], "logits and loss": live[head:turn]}
         moments = {}
-        for name, part in parts.items():
+        for name, part in {**parts, "backward": live[turn:]}.items():
             worst = part[part.sum(axis=1).argmax()]
             traced = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
             moments[name] = {**self.held, **traced}
-        moments["optimizer step"] = {
-            **self.held,
-            "optimizer states": self.state_bytes,
-            "gradients": self.gradient_bytes,
-            "workspace": self._optimizer_workspace(),
-        }
-        return moments
+        last = {"gradients": self.gradient_bytes, "workspace": self._optimizer_workspace()}
+        step = {**self.held, "optimizer states": self.state_bytes, **last}
+        return {**moments, "optimizer step": step}
 
     def _optimizer_workspace(self) -> int:
         # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
@@ -190,9 +182,9 @@ class MemoryPlan:
 
     def longest_length(self, card_gib: float, reserve: int = RESERVE) -> int:
         """Find the most tokens a row may have for the step to fit; 0 if it never does."""
-        # As many lengths fit as lie before the first that does not.
-        too_long = lambda length: not self.at(max_length=length).fits(card_gib, reserve)  # noqa: E731
-        return bisect_right(range(1, 2**24), False, key=too_long)
+        return bisect_right(  # as many lengths fit as lie before the first that does not
+            range(1, 2**24), False, key=lambda n: not self.at(max_length=n).fits(card_gib, reserve)
+        )
 
     def sentence(self, card_gib: float, reserve: int = RESERVE) -> str:
         """Say whether it fits on a card, with how much to spare, and how long a row may be.
@@ -212,11 +204,9 @@ class MemoryPlan:
         moments = self.moments
         names = [row for row in ROWS if any(moment.get(row) for moment in moments.values())]
         head = f"{'GiB':<24}" + "".join(f"{moment:>17}" for moment in moments)
-        lines = [
-            f"{row:<24}" + "".join(f"{m.get(row, 0) / GIB:>17.3f}" for m in moments.values())
-            for row in names
-        ]
-        sums = "".join(f"{sum(m.values()) / GIB:>17.3f}" for m in moments.values())
+        lines = {row: [moment.get(row, 0) for moment in moments.values()] for row in names}
+        lines["sum"] = [sum(moment.values()) for moment in moments.values()]
+        said = [f"{k:<24}" + "".join(f"{n / GIB:>17.3f}" for n in v) for k, v in lines.items()]
         notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
         if self.settings.gradient_checkpointing:
             kept, all_kept = self.activation_bytes, self.without_checkpointing.activation_bytes
@@ -226,7 +216,7 @@ class MemoryPlan:
             )
         if self.host_bytes:
             notes.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
-        return "\n".join([head, *lines, f"{'sum':<24}{sums}", *notes])
+        return "\n".join([head, *said, *notes])
 
     __str__ = table
 
@@ -261,11 +251,8 @@ def plan_memory(
     3238002688
     """
     known = ["batch_size", "max_length", "optim", *(one.name for one in fields(StepSettings))]
-    for name in settings:
-        if name not in known:
-            raise PlanError(
-                f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}"
-            )
+    for name in settings.keys() - known:
+        raise PlanError(f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     step = StepSettings(method=method, **settings)
     plan = MemoryPlan(*configuration(model), step, batch_size, max_length, optim)
     _ = plan.trace  # what is wrong with the model is said now

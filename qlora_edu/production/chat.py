@@ -7,6 +7,7 @@ by the system that is chosen, or by two. Terminal and widget have `Chat` in comm
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,8 @@ def load_chat(
 
 def opening_lines(chat: Chat, systems: Sequence[str]) -> str:
     """What the terminal shows first: the systems, an example, and how to get help."""
-    return (
-        f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help\n"
-        f"Give a passage and ask about it, such as: {EXAMPLE}"
-    )
+    names = f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help"
+    return f"{names}\nGive a passage and ask about it, such as: {EXAMPLE}"
 
 
 def converse(
@@ -113,11 +112,10 @@ def converse(
     write: Callable[[str], Any] | None = None,
 ) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
-    if read is None:
-        with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
-            import readline  # noqa: F401
-    read, write = read or input, write or _write
-    systems = list(systems)
+    with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
+        import readline  # noqa: F401
+    read, systems = read or input, list(systems)
+    write = write or partial(print, end="", flush=True)
     while True:
         try:
             line = read("> ").strip()
@@ -182,7 +180,3 @@ def _set(chat: Chat, command: str, word: str) -> None:
         raise GenerationError(f"/length must be at least 1, not {number}")
     else:
         chat.max_new_tokens = number
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
