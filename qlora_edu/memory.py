@@ -1,14 +1,12 @@
 """Chapter 6. Where every byte of a training step goes, and whether it fits on the card.
 
-A step holds two sorts of bytes. Some stay: weights, adapters, the optimizer's states. They are
-arithmetic over shapes. Others come and go: activations in the forward pass, workspace and gradients
-in the backward pass. A step on tensors without memory (`planner/fake_step.py`) shows them. The
-*peak*, the largest sum of both at any moment, decides whether the step fits.
-
-Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 2; Chen et
-al., "Training Deep Nets with Sublinear Memory Cost" (2016), for gradient checkpointing.
+Weights, adapters and optimizer states stay: arithmetic over shapes. Activations, workspace and
+gradients come and go: a step on tensors without memory (`planner/fake_step.py`) shows them. The
+*peak*, the largest sum of both at any moment, decides. Source: QLoRA (Dettmers et al., 2023),
+section 2; "Training Deep Nets with Sublinear Memory Cost" (Chen et al., 2016).
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -57,13 +55,9 @@ def adapter_parameters(size: str, r: int) -> int:
 
 
 def nf4_bits_per_weight(blocksize: int = 64, absmax_blocksize: int | None = 256) -> float:
-    """Count the 4-bit code, its share of an 8-bit absmax, and its share of a 32-bit one of those.
+    """Count the 4-bit code and its share of the constants, for blocks of weights and of absmax.
 
-    Args:
-        blocksize: weights that share an absmax.
-        absmax_blocksize: absmax that share a constant; None: they stay in 32 bits.
-
-    Source: QLoRA (Dettmers et al., 2023), section 3, "Double Quantization".
+    `absmax_blocksize=None` keeps the absmax in 32 bits. Source: QLoRA (2023), section 3.
 
     >>> round(nf4_bits_per_weight(), 3), nf4_bits_per_weight(absmax_blocksize=None)
     (4.127, 4.5)
@@ -115,8 +109,8 @@ class MemoryPlan:
         """Bytes of optimizer states that a paged optimizer can push out to the host."""
         if not self.optim.startswith("paged"):
             return 0
-        large = [(n, nbytes) for n, nbytes in self.trace.trained if n >= NEVER_PAGED]
-        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in large)
+        large = (one for one in self.trace.trained if one[0] >= NEVER_PAGED)
+        return sum(_state_bytes(*one, self.optim) for one in large)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -126,8 +120,8 @@ class MemoryPlan:
     @cached_property
     def activation_bytes(self) -> int:
         """Bytes of activations that wait for the backward pass when the last block is through."""
-        head = self.trace.marks["head"]
-        return round(self.trace.live(self.batch_size, self.max_length)[head - 1].sum())
+        live = self.trace.live(self.batch_size, self.max_length)
+        return round(live[self.trace.marks["head"] - 1].sum())
 
     @cached_property
     def without_checkpointing(self) -> Self:
@@ -139,23 +133,15 @@ class MemoryPlan:
         """For each part of the step the rows of the ledger at its worst event."""
         live, marks = self.trace.live(self.batch_size, self.max_length), self.trace.marks
         head, turn = marks["head"], marks[f"back to {self.trace.blocks}"]
-        parts = {
-            "forward": live[:head],
-            "logits and loss": live[head:turn],
-            "backward": live[turn:],
-        }
+        parts = {"forward": live[:head], "logits and loss": live[head:turn]}
         moments = {}
-        for name, part in parts.items():
+        for name, part in {**parts, "backward": live[turn:]}.items():
             worst = part[part.sum(axis=1).argmax()]
             traced = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
             moments[name] = {**self.held, **traced}
-        moments["optimizer step"] = {
-            **self.held,
-            "optimizer states": self.state_bytes,
-            "gradients": self.gradient_bytes,
-            "workspace": self._optimizer_workspace(),
-        }
-        return moments
+        last = {"gradients": self.gradient_bytes, "workspace": self._optimizer_workspace()}
+        step = {**self.held, "optimizer states": self.state_bytes, **last}
+        return {**moments, "optimizer step": step}
 
     def _optimizer_workspace(self) -> int:
         # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
@@ -196,19 +182,14 @@ class MemoryPlan:
 
     def longest_length(self, card_gib: float, reserve: int = RESERVE) -> int:
         """Find the most tokens a row may have for the step to fit; 0 if it never does."""
-        low, high = 0, 2**24
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.at(max_length=middle).fits(card_gib, reserve):
-                low = middle
-            else:
-                high = middle
-        return low
+        return bisect_right(  # as many lengths fit as lie before the first that does not
+            range(1, 2**24), False, key=lambda n: not self.at(max_length=n).fits(card_gib, reserve)
+        )
 
     def sentence(self, card_gib: float, reserve: int = RESERVE) -> str:
         """Say whether it fits on a card, with how much to spare, and how long a row may be.
 
-        The card's memory is taken at its word (a "24 GB" card has 24 GiB), less `reserve` bytes.
+        A "24 GB" card is taken to have 24 GiB, of which `reserve` bytes go to no tensor.
         """
         spare = self.spare_bytes(card_gib, reserve)
         card = f"{'an' if f'{card_gib:g}'.startswith('8') else 'a'} {card_gib:g} GB card"
@@ -218,29 +199,26 @@ class MemoryPlan:
         longest = self.longest_length(card_gib, reserve)
         return f"{self.name}, {self.settings.method}: {verdict}; longest sequence {longest:,}"
 
-    def __str__(self) -> str:
-        return self.table()
-
     def table(self) -> str:
         """The ledger in GiB: a row for each sort of byte, a column for each part of the step."""
         moments = self.moments
         names = [row for row in ROWS if any(moment.get(row) for moment in moments.values())]
         head = f"{'GiB':<24}" + "".join(f"{moment:>17}" for moment in moments)
-        lines = [
-            f"{row:<24}" + "".join(f"{m.get(row, 0) / GIB:>17.3f}" for m in moments.values())
-            for row in names
-        ]
-        sums = "".join(f"{sum(m.values()) / GIB:>17.3f}" for m in moments.values())
+        lines = {row: [moment.get(row, 0) for moment in moments.values()] for row in names}
+        lines["sum"] = [sum(moment.values()) for moment in moments.values()]
+        said = [f"{k:<24}" + "".join(f"{n / GIB:>17.3f}" for n in v) for k, v in lines.items()]
         notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
         if self.settings.gradient_checkpointing:
-            kept = self.without_checkpointing
+            kept, all_kept = self.activation_bytes, self.without_checkpointing.activation_bytes
             notes.append(
-                f"activations when the loss begins: {self.activation_bytes / GIB:.3f} GiB; without "
-                f"checkpointing {kept.activation_bytes / GIB:.3f}"
+                f"activations when the loss begins: {kept / GIB:.3f} GiB; "
+                f"without checkpointing {all_kept / GIB:.3f}"
             )
         if self.host_bytes:
             notes.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
-        return "\n".join([head, *lines, f"{'sum':<24}{sums}", *notes])
+        return "\n".join([head, *said, *notes])
+
+    __str__ = table
 
 
 def plan_memory(
@@ -255,36 +233,28 @@ def plan_memory(
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
 
     Args:
-        model: a name in `MODELS`, in capitals or not; a folder with a `config.json`; the name of a
-            model on the Hub; a Hugging Face configuration of any causal language model, as a
-            dictionary too; or such a model.
+        model: a name in `MODELS`, in capitals or not; a folder with a `config.json`; a model's
+            name on the Hub; a Hugging Face configuration, as a dictionary too; or a model.
         method: "full", "lora", "qlora" or "houlsby".
-        batch_size: rows per step.
-        max_length: tokens per row.
+        batch_size: rows per step, of `max_length` tokens each.
         optim: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others are
             bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can push
             out to the host counts on the device only in the optimizer step.
         settings: fields of `StepSettings`: `r`, `target_modules`, dtypes and so on.
 
     Raises:
-        PlanError: naming what is wrong with the model or a setting; see also `trace_step`.
+        PlanError: naming what is wrong with the model or a setting.
         ModelUnavailableError: the Hub does not give the configuration.
 
-    >>> plan = plan_memory({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
-    ...     "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}, "full",
-    ...     dtype="float32")
-    >>> plan.held["linear weights"]  # 4 bytes · 2 blocks · (4·64² + 3·64·128)
-    327680
+    >>> plan = plan_memory("llama-7b", "qlora", r=64)
+    >>> plan.held["quantised weights"]  # half a byte per weight
+    3238002688
     """
     known = ["batch_size", "max_length", "optim", *(one.name for one in fields(StepSettings))]
-    for name in settings:
-        if name not in known:
-            raise PlanError(
-                f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}"
-            )
-    name, config = configuration(model)
+    for name in settings.keys() - known:
+        raise PlanError(f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     step = StepSettings(method=method, **settings)
-    plan = MemoryPlan(name, config, step, batch_size, max_length, optim)
+    plan = MemoryPlan(*configuration(model), step, batch_size, max_length, optim)
     _ = plan.trace  # what is wrong with the model is said now
     return plan
 
@@ -307,8 +277,8 @@ def _state_bytes(n: int, nbytes: int, optimizer: str) -> int:
 def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> int:
     """Refuse rows that would end a training run late; returns the longest length that fits.
 
-    `lengths` are the token counts of the rows that will be trained on. One row too long among
-    thousands comes after minutes or after hours; here it comes first.
+    Args:
+        lengths: token counts of the rows. One too long may come after hours; here it comes first.
 
     Raises:
         DoesNotFitError: naming the rows, their lengths, and what to do.
@@ -323,11 +293,9 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
     if over:
         named = ", ".join(f"row {row} with {length:,} tokens" for row, length in over[:5])
         more = f" and {len(over) - 5} more" if len(over) > 5 else ""
-        room = [
-            *(["with a smaller batch"] if plan.batch_size > 1 else []),
-            *([] if plan.settings.gradient_checkpointing else ["with gradient_checkpointing=True"]),
-        ]
-        make_room = f", or make room {' or '.join(room)}" if room else ""
+        ways = ["a smaller batch"] * (plan.batch_size > 1)
+        ways += ["gradient_checkpointing=True"] * (not plan.settings.gradient_checkpointing)
+        make_room = f", or make room with {' or '.join(ways)}" if ways else ""
         raise DoesNotFitError(
             f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
             f"a {card_gib:g} GB card at batch {plan.batch_size}: {named}{more}. At most "
@@ -359,9 +327,8 @@ class _Recomputed(torch.autograd.Function):
 def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`block(x)`, keeping only `x` for the backward pass: gradient checkpointing on a CPU.
 
-    The block runs twice, and its activations live for the length of its own backward pass. As in
-    PyTorch's reentrant variant `x` must require a gradient, or the block's parameters get none.
-    Equals `torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)`.
+    The block runs twice. Equals `torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)`;
+    as there, `x` must require a gradient, or the block's parameters get none.
 
     Raises:
         PlanError: if gradients are on and `x` requires none.

@@ -303,20 +303,6 @@ def test_a_notebook_that_fails_is_left_as_it_was(tmp_path, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().out
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "notebook.ipynb"
-    path.write_text("old")
-
-    def full_disk(descriptor):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(run_notebooks.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        run_notebooks.write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_cleaning_twice_changes_nothing_more(notebook):
     once = run_notebooks.clean(copy.deepcopy(notebook))
     assert run_notebooks.clean(copy.deepcopy(once)) == once

@@ -1,10 +1,8 @@
 """Is this machine ready for the course? And if not, what puts it right?
 
-Each check below asks one question and answers with findings: OK, FAIL with the fix, or INFO for
-what is worth knowing and blocks nothing. `python -m qlora_edu doctor` asks all of them. The set-up
-cell of every notebook calls `check()`, which asks the quick ones and prints one line.
-
-Only the standard library is imported at the top: a doctor who needs a healthy patient is no use.
+Each check answers with findings: OK, FAIL with the fix, or INFO for what blocks nothing.
+`python -m qlora_edu doctor` asks all; every notebook's `check()` asks the quick ones.
+Only the standard library is imported at the top: a doctor must not need a healthy patient.
 """
 
 import argparse
@@ -25,8 +23,6 @@ from qlora_edu.files import ROOT
 DATA = ROOT / "data"
 REINSTALL = "make setup  (without make: pip install -c constraints.txt -e '.[lab,dev]')"
 GIB = 2**30
-MEMORY_NEEDED = 4 * GIB
-DISK_NEEDED = 1 * GIB
 
 
 @dataclass(frozen=True)
@@ -47,21 +43,13 @@ class Finding:
 
 
 def python_version(version: tuple[int, ...] = sys.version_info[:2]) -> Finding:
-    """Ask whether this Python is one the course is tested with.
-
-    >>> print(python_version((3, 12)))
-    OK    Python 3.12
-    >>> python_version((3, 9)).status
-    'FAIL'
-    """
+    """Ask whether this Python is one the course is tested with."""
     text = ".".join(map(str, version))
     if (3, 11) <= version <= (3, 14):
         return Finding("OK", f"Python {text}")
-    return Finding(
-        "FAIL",
-        f"Python {text}: the course needs 3.11, 3.12, 3.13 or 3.14",
-        "install one, remove .venv, and: make lab PYTHON=/path/to/python3.12",
-    )
+    what = f"Python {text}: the course needs 3.11, 3.12, 3.13 or 3.14"
+    fix = "install one, remove .venv, and: make lab PYTHON=/path/to/python3.12"
+    return Finding("FAIL", what, fix)
 
 
 def packages() -> list[Finding]:
@@ -70,13 +58,8 @@ def packages() -> list[Finding]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         tested = pinned_versions((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     except OSError as error:
-        return [
-            Finding(
-                "FAIL",
-                f"{error.filename} cannot be read",
-                "run the course from a clone of its repository, installed with `make lab`",
-            )
-        ]
+        fix = "run the course from a clone of its repository, installed with `make lab`"
+        return [Finding("FAIL", f"{error.filename} cannot be read", fix)]
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -138,17 +121,13 @@ def graphics_card() -> Finding:
         card = torch.cuda.get_device_properties(0)
         return Finding("INFO", f"GPU: {card.name}, {card.total_memory / GIB:.0f} GiB")
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        return Finding(
-            "INFO", "an NVIDIA driver, but a CPU build of torch: for the GPU, make clean, make lab"
-        )
+        what = "an NVIDIA driver, but a CPU build of torch: for the GPU, make clean, make lab"
+        return Finding("INFO", what)
     return Finding("INFO", "no GPU: everything runs on the embedded model; a 7B needs a card")
 
 
 def bitsandbytes_quantizes() -> Finding:
-    """Ask bitsandbytes to quantise two numbers whose codes are known.
-
-    −1 is level 0 and +1 is level 15; the first sits in the high half of the byte, so 0x0F.
-    """
+    """Ask bitsandbytes to quantise −1 and +1: codes 0 and 15, the first in the high half: 0x0F."""
     try:
         quiet_known_noise()
         import torch
@@ -156,9 +135,8 @@ def bitsandbytes_quantizes() -> Finding:
 
         weight = torch.tensor([[-1.0, 1.0] * 32])
         packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        if packed.flatten().tolist() != [0x0F] * 32 or not torch.equal(
-            dequantize_4bit(packed, state), weight
-        ):
+        back = dequantize_4bit(packed, state)
+        if packed.flatten().tolist() != [0x0F] * 32 or not torch.equal(back, weight):
             raise ArithmeticError("−1, +1 did not come back from 0x0F")
     except Exception as error:  # whatever a broken native library throws is the finding
         return Finding("FAIL", f"bitsandbytes cannot quantise: {error}", REINSTALL)
@@ -193,11 +171,8 @@ def kernel() -> Finding:
     # Jupyter runs a bare "python" with its own Python. A path is compared as it stands, because the
     # python of a virtual environment is a link to the one outside it.
     if os.path.isabs(program) and Path(program).parent != Path(sys.executable).parent:
-        return Finding(
-            "FAIL",
-            f"Jupyter's Python 3 kernel is {program}, not {sys.executable}",
-            f"{sys.executable} -m ipykernel install --sys-prefix",
-        )
+        what = f"Jupyter's Python 3 kernel is {program}, not {sys.executable}"
+        return Finding("FAIL", what, f"{sys.executable} -m ipykernel install --sys-prefix")
     return Finding("OK", "Jupyter's Python 3 kernel is this Python")
 
 
@@ -208,18 +183,13 @@ def room(folder: Path = ROOT) -> list[Finding]:
     except ImportError:
         return [Finding("FAIL", "psutil is missing", REINSTALL)]
     return [
-        enough("memory", virtual_memory().total, MEMORY_NEEDED, "use a machine with more"),
-        enough("free disk", shutil.disk_usage(folder).free, DISK_NEEDED, "free some"),
+        enough("memory", virtual_memory().total, 4 * GIB, "use a machine with more"),
+        enough("free disk", shutil.disk_usage(folder).free, 1 * GIB, "free some"),
     ]
 
 
 def enough(name: str, found: int, needed: int, fix: str) -> Finding:
-    """Compare a number of bytes with what the course needs.
-
-    >>> print(enough("memory", 3 * GIB, 4 * GIB, "use a machine with more"))
-    FAIL  memory: 3.0 GiB; the course needs 4
-          fix: use a machine with more
-    """
+    """Compare a number of bytes with what the course needs."""
     if found < needed:
         what = f"{name}: {found / GIB:.1f} GiB; the course needs {needed / GIB:.0f}"
         return Finding("FAIL", what, fix)
@@ -233,24 +203,19 @@ def bf16_processor() -> list[Finding]:
             return []
     except OSError:
         return []
-    return [
-        Finding(
-            "INFO",
-            "AVX512-BF16 processor: on one, bitsandbytes' CPU Linear4bit loses x.grad after an "
-            "evaluation without gradients; qlora_edu.finetune guards against it, your own code "
-            "should load the model again before training",
-        )
-    ]
+    what = (
+        "AVX512-BF16 processor: on one, bitsandbytes' CPU Linear4bit loses x.grad after an "
+        "evaluation without gradients; qlora_edu.finetune guards against it, your own code "
+        "should load the model again before training"
+    )
+    return [Finding("INFO", what)]
 
 
 def quiet_known_noise() -> None:
-    """Silence what two libraries print on import and which nobody can act on.
+    """Silence what two libraries log on import, where nobody can act on it; call it before.
 
-    - bitsandbytes, on a processor with AVX512-BF16, logs that it found no CPU kernel in the Hub's
-      `kernels-community`. It uses its own instead; only that one message is dropped.
-    - torchao, where it happens to be installed, logs that its compiled extensions are skipped.
-
-    Call it before either is imported. It drops no warning of any other kind.
+    bitsandbytes, on a processor with AVX512-BF16, says that it found no CPU kernel in the Hub's
+    `kernels-community`; torchao, that its compiled extensions are skipped. No other warning goes.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     logging.getLogger("torchao").addFilter(_is_news)

@@ -1,8 +1,7 @@
 """The look of the course: one colour for one meaning, labels beside the thing they name.
 
-The colours are Okabe and Ito's, which readers with colour-blindness can tell apart. A figure in
-chapter 9 paints an adapter in the colour that chapter 4 gave it, so take colours from `PALETTE` by
-meaning and never by number.
+The colours are Okabe and Ito's, which readers with colour-blindness can tell apart. Take them from
+`PALETTE` by meaning and never by number: an adapter has one colour in every chapter.
 """
 
 from collections.abc import Iterable
@@ -34,39 +33,17 @@ _STYLE = Path(__file__).with_name("course.mplstyle")
 
 
 def use_style() -> None:
-    """Give every figure drawn from here on the look of the course.
-
-    >>> use_style()
-    >>> plt.rcParams["axes.spines.top"]
-    False
-    """
+    """Give every figure drawn from here on the look of the course."""
     plt.style.use(_STYLE)
 
 
 def label_line(
     ax: Axes, text: str, x: float, y: float, color: str, *, offset: tuple[float, float] = (6, 0)
 ) -> Annotation:
-    """Write a curve's name beside the point (x, y), in the colour of the curve.
-
-    `x` and `y` are data coordinates; `offset` moves the text from there, in points.
-
-    >>> figure, ax = plt.subplots()
-    >>> _ = ax.plot([0, 1], [0, 2], color=PALETTE["adapter"])
-    >>> label_line(ax, "adapter", 1, 2, PALETTE["adapter"]).get_text()
-    'adapter'
-    >>> plt.close(figure)
-    """
+    """Write a curve's name beside the point (x, y) of the data, moved by `offset` points."""
     alignment = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
-    return ax.annotate(
-        text,
-        (x, y),
-        xytext=offset,
-        textcoords="offset points",
-        color=color,
-        ha=alignment,
-        va="center",
-        annotation_clip=False,
-    )
+    place = {"xytext": offset, "textcoords": "offset points", "annotation_clip": False}
+    return ax.annotate(text, (x, y), color=color, ha=alignment, va="center", **place)
 
 
 def label_bars(
@@ -84,35 +61,18 @@ def label_bars(
 
 
 def level_ticks(ax: Axes, levels: Iterable[float], color: str, *, height: float = 0.06) -> None:
-    """Stand a short mark on the x axis at every level of a codebook.
-
-    `height` is a fraction of the axes' height.
-
-    >>> figure, ax = plt.subplots()
-    >>> level_ticks(ax, [-1.0, 0.0, 1.0], PALETTE["quantized"])
-    >>> len(ax.lines)
-    3
-    >>> plt.close(figure)
-    """
+    """Stand a short mark on the x axis at every level; `height` is a fraction of the axes'."""
     for level in levels:
         ax.axvline(float(level), ymax=height, color=color, linewidth=2)
 
 
 def picture(name: str) -> SVG:
-    """Show a picture of `docs/` in a notebook, by its name.
-
-    >>> "4.127 bits" in picture("qlora_in_one_picture").data
-    True
-    """
+    """Show a picture of `docs/` in a notebook, by its name."""
     return SVG(filename=str(ROOT / "docs" / f"{name}.svg"))
 
 
 def figure_png(figure: Figure, *, dpi: int = 100) -> bytes:
-    """Draw a figure into PNG bytes and close it; the same figure gives the same bytes.
-
-    >>> figure_png(plt.figure())[:4]
-    b'\\x89PNG'
-    """
+    """Draw a figure into PNG bytes and close it; the same figure gives the same bytes."""
     buffer = BytesIO()
     # Without this, matplotlib writes its version into the file.
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})

@@ -3,13 +3,11 @@
     python -m qlora_edu.course.run_notebooks --in-place          # make notebooks
     python -m qlora_edu.course.run_notebooks --html build/course # make course
 
-Each notebook gets a fresh kernel. What is kept is cleaned of everything that would differ on the
-next run though nothing has changed: execution times, versions of Python, the state of widgets,
-progress bars on their way to 100 %. A notebook is written whole or not at all.
+Each gets a fresh kernel. What would differ on the next run though nothing has changed is removed:
+execution times, versions of Python, the state of widgets, progress bars.
 """
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -22,7 +20,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from tqdm import tqdm
 
-from qlora_edu.files import ROOT
+from qlora_edu.files import ROOT, atomic
 from qlora_edu.production.threads import wait_passively
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -68,25 +66,13 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     >>> sorted(clean(notebook).metadata), notebook.cells[0].metadata
     (['kernelspec', 'language_info'], {})
     """
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {
-                "display_name": "Python 3 (ipykernel)",
-                "language": "python",
-                "name": "python3",
-            },
-            "language_info": {
-                "file_extension": ".py",
-                "mimetype": "text/x-python",
-                "name": "python",
-            },
-        }
-    )
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    language = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict(
-            {key: value for key, value in cell.metadata.items() if key == "tags"}
-        )
+        kept = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             cell.outputs = [kept for out in cell.outputs if (kept := clean_output(out))]
     return notebook
@@ -113,19 +99,6 @@ def clean_output(output: NotebookNode) -> NotebookNode | None:
     return output
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def html(notebook: NotebookNode, title: str) -> str:
     """Render a notebook as one HTML page, figures inside."""
     from nbconvert import HTMLExporter
@@ -147,10 +120,9 @@ def run_all(paths: Iterable[Path], *, in_place: bool, html_folder: Path | None) 
             print(f"✗ {path.name} stopped and was left as it was\n{error}", flush=True)
             continue
         if in_place:
-            write_whole(path, nbformat.writes(notebook) + "\n")
+            atomic.write_text(path, nbformat.writes(notebook) + "\n")
         if html_folder is not None:
-            html_folder.mkdir(parents=True, exist_ok=True)
-            write_whole(html_folder / f"{path.stem}.html", html(notebook, path.stem))
+            atomic.write_text(html_folder / f"{path.stem}.html", html(notebook, path.stem))
         print(f"✓ {path.name}  {time.monotonic() - started:.0f} s", flush=True)
     return failed
 

@@ -1,8 +1,4 @@
-"""Which model a plan is for: by the name of a known shape, a folder, the Hub or a configuration.
-
-`fake_step` traces one training step of it without memory, `trace` counts what such a step asks for;
-chapter 6 (`memory.py`) makes the ledger of both.
-"""
+"""Which model a plan is for: by the name of a known shape, a folder, the Hub or a configuration."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -24,16 +20,9 @@ LLAMA_VOCABULARY = 32_000
 
 
 def _llama(width: int, blocks: int, inner: int, **others: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "intermediate_size": inner,
-        "num_attention_heads": width // 128,
-        "vocab_size": LLAMA_VOCABULARY,
-        "tie_word_embeddings": False,
-        **others,
-    }
+    shape = {"hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": inner}
+    shape |= {"num_attention_heads": width // 128, "vocab_size": LLAMA_VOCABULARY}
+    return {"model_type": "llama", **shape, "tie_word_embeddings": False, **others}
 
 
 _QWEN = {"model_type": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -44,7 +33,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
     "qwen2.5-0.5b": _llama(896, 24, 4864, vocab_size=151936, tie_word_embeddings=True, **_QWEN),
 }
-"""Shapes that the literature speaks of; any other model comes as a configuration or its name."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -1,10 +1,9 @@
 """A training step on tensors that have a shape and no memory.
 
-PyTorch can run a model on *fake* tensors: every operation works out the shape and dtype of its
-result and computes nothing. Tracing such a run shows every allocation and every release of the real
-one. For a model of any size three blocks are enough, since the middle blocks of a transformer are
-alike, and three lengths, since the size of every tensor in it is
-`c₀ + c₁·tokens + c₂·tokens·length`.
+On PyTorch's *fake* tensors every operation works out the shape and dtype of its result and computes
+nothing, so a trace of them shows every allocation and release of the real step. Three blocks tell
+any depth, since a transformer's middle blocks are alike; three lengths tell any other, since the
+size of every tensor is `c₀ + c₁·tokens + c₂·tokens·length`.
 """
 
 import copy
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# PyTorch calls this module private; the planner is the only place of the course that uses such.
+# PyTorch calls this module private; nothing else in the course uses one.
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -66,10 +65,8 @@ def check_whole(name: str, value: Any) -> None:
 class StepSettings:
     """What decides which tensors a training step makes; the planner's arguments.
 
-    Args:
-        target_modules: the layers with adapters, as for `find_linear_layers`.
-        dtype: of the weights that are not quantised, and of the computation.
-        backend: whose 4-bit layers and adapters they are: ours, or bitsandbytes' and PEFT's.
+    `dtype` is that of weights that are not quantised, and of the computation; `backend` says whose
+    4-bit layers and adapters they are: ours, or bitsandbytes' and PEFT's.
 
     Raises:
         PlanError: naming a setting, its value, and what it should have been.
@@ -112,9 +109,7 @@ class StepSettings:
 def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.Module:
     """Build a causal language model with random weights, ready to train.
 
-    Args:
-        config: a Hugging Face configuration.
-        fake: for use inside `FakeTensorMode`: 4-bit weights are made without quantising.
+    `fake=True` is for use inside `without_memory`: 4-bit weights are made without quantising.
 
     Raises:
         PlanError: the configuration is of no causal language model, or no layer fits the method.
@@ -122,8 +117,7 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     config = copy.deepcopy(config)
     config.use_cache = False
     model = causal_model(config, settings.dtype)
-    adapted = quantize_layers(model, settings, fake=fake)
-    return add_adapters(model, settings, adapted, fake=fake)
+    return add_adapters(model, settings, quantize_layers(model, settings, fake=fake), fake=fake)
 
 
 def causal_model(config: Any, dtype: str) -> Any:
@@ -132,10 +126,8 @@ def causal_model(config: Any, dtype: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
-        raise PlanError(
-            f"a {config.model_type} fills gaps: it is no causal language model, which predicts the "
-            "next token; take a decoder, such as llama"
-        )
+        what = f"a {config.model_type} fills gaps: it is no causal language model, which predicts"
+        raise PlanError(f"{what} the next token; take a decoder, such as llama")
     try:
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     except ValueError as error:
@@ -153,12 +145,8 @@ def quantize_layers(
     """For QLoRA, put 4-bit layers in the place of the linear ones, one after the other.
 
     Ours are those with an adapter; bitsandbytes quantises every linear layer but the head.
-
-    Args:
-        make_weight: makes the weight of a layer from its name and itself; by default it is its own.
-
-    Returns:
-        The names of the layers that get an adapter.
+    `make_weight` makes a layer's weight from its name and itself. Returns the names of the layers
+    that get an adapter.
     """
     if settings.method != "qlora":
         return []
@@ -189,10 +177,8 @@ def _their_layer(
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    kept: dict[str, Any] = {
-        "quant_type": settings.quant_type,
-        "compress_statistics": settings.double_quant,
-    }
+    kept: dict[str, Any] = {"quant_type": settings.quant_type}
+    kept["compress_statistics"] = settings.double_quant
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     with unset_fake_temporarily():
         layer = Linear4bit(*shape, getattr(torch, settings.dtype), **kept, device="meta")
@@ -234,8 +220,7 @@ def add_adapters(
 ) -> nn.Module:
     """Freeze what the method freezes, add what it trains, in `adapter_dtype`; returns the model.
 
-    Args:
-        adapted: what `quantize_layers` returned.
+    `adapted` is what `quantize_layers` returned.
 
     Raises:
         PlanError: no layer fits the method.
@@ -269,12 +254,8 @@ def _add_their_adapters(
 
     model.requires_grad_(False)
     model.is_loaded_in_4bit = True
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(adapted),
-    )
+    sizes: dict[str, Any] = {"r": settings.r, "lora_alpha": lora_alpha}
+    config = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules=list(adapted))
     with quiet():
         if not fake:
             inject_adapter_in_model(config, model)
@@ -329,32 +310,25 @@ def shortened(config: Any, blocks: int = BLOCKS) -> Any:
 def trace_step(config: Any, settings: StepSettings, batch: int = 2, length: int = 512) -> StepTrace:
     """Trace a step of this model; takes a second at the first call, and nothing afterwards.
 
-    A batch of one may be a case of its own (a slice of it needs no copy), and lengths beyond a
-    sliding window are one: they bring a mask.
-
     Raises:
         PlanError: see `build_model`; or if a step needs the numbers themselves, which do not exist
             here, or takes other operations at another length.
     """
+    # Lengths beyond a sliding window are a case of their own: they bring a mask. So is a batch of
+    # one: a slice of it needs no copy.
     window = getattr(config.get_text_config(), "sliding_window", None) or 0
     beyond = window if length > window else 0
     # The choice of an attention is no part of a configuration's JSON, but decides what is kept.
     attention = getattr(config, "_attn_implementation", None)
-    shape = config.to_json_string()
-    return _trace_cached(shape, type(config), attention, settings, min(batch, 2), beyond)
+    case = (type(config), attention, settings, min(batch, 2), beyond)
+    return _trace_cached(config.to_json_string(), *case)
 
 
 @lru_cache(maxsize=256)
 def _trace_cached(
-    config_json: str,
-    kind: type,
-    attention: str | None,
-    settings: StepSettings,
-    batch: int,
-    beyond: int,
+    shape: str, kind: type, attention: str | None, settings: StepSettings, batch: int, beyond: int
 ) -> StepTrace:
-    config = kind.from_dict(json.loads(config_json), attn_implementation=attention)
-    depth = config.get_text_config().num_hidden_layers
+    config = kind.from_dict(json.loads(shape), attn_implementation=attention)
     lengths = [beyond + length for length in LENGTHS]
     collecting = gc.isenabled()
     gc.collect()
@@ -362,16 +336,15 @@ def _trace_cached(
     try:
         with without_memory(settings):
             model = build_model(shortened(config), settings, fake=True)
-            runs = []
-            for length in (lengths[0], *lengths):  # the first run fills caches
-                ids = torch.zeros(batch, length, dtype=torch.long)
-                runs.append(trace_run(model, ids, lambda m, x: training_loss(m, x, settings)))
-            del runs[0]
+            rows = [torch.zeros(batch, n, dtype=torch.long) for n in (lengths[0], *lengths)]
+            # The first run fills caches, and is left out.
+            runs = [trace_run(model, x, lambda m, x: training_loss(m, x, settings)) for x in rows][
+                1:
+            ]
             parts = find_blocks(model)
-            in_block = weigh(model, parts[-1], but=parts[0])
-            whole = weigh(model)
-            trained_in_block = _trained(parts[-1].parameters())
-            trained_outside = _trained(set(model.parameters()) - set(parts.parameters()))
+            whole, in_block = weigh(model), weigh(model, parts[-1], but=parts[0])
+            outside = set(model.parameters()) - set(parts.parameters())
+            trained = [_trained(some) for some in (outside, parts[-1].parameters())]
     except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
         raise PlanError(
             f"a step of {kind.__name__} cannot be traced without numbers, in these dtypes at "
@@ -384,15 +357,14 @@ def _trace_cached(
         raise PlanError(f"{kind.__name__}: the steps of this model depend on the length")
     basis = np.array([[1, batch * length, batch * length**2] for length in lengths])
     return StepTrace(
-        depth=depth,
-        blocks=len(parts),
-        outside={row: n - len(parts) * in_block.get(row, 0) for row, n in whole.items()},
-        in_block=in_block,
-        trained_outside=trained_outside,
-        trained_in_block=trained_in_block,
-        changes=np.linalg.solve(basis, np.array([run.changes for run in runs], dtype=float)),
-        kinds=np.array(runs[0].kinds),
-        marks=runs[0].marks,
+        config.get_text_config().num_hidden_layers,
+        len(parts),
+        {row: n - len(parts) * in_block.get(row, 0) for row, n in whole.items()},
+        in_block,
+        *trained,
+        np.linalg.solve(basis, np.array([run.changes for run in runs], dtype=float)),
+        np.array(runs[0].kinds),
+        runs[0].marks,
     )
 
 

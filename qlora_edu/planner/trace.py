@@ -1,9 +1,8 @@
 """Live memory of a step: what the allocator hands out, what each operation asks for, what is kept.
 
 `trace_memory` asks PyTorch's profiler and sees every byte of a real step on the CPU. `Allocations`
-watches operations instead, so it also works on *fake* tensors, which have a shape and no memory.
-`trace_run` sorts what it has seen by kind, `weigh` adds up what a model keeps in any case, and a
-`StepTrace` holds both, for a model of any depth.
+watches operations, on *fake* tensors too, which have a shape and no memory. `trace_run` sorts what
+it saw by kind, `weigh` adds up what a model keeps, a `StepTrace` holds both for any depth.
 """
 
 import os
@@ -25,12 +24,8 @@ from qlora_edu.qlora import QLoRALinear
 
 KINDS = ("activations", "logits and loss", "dequantised weights", "workspace", "gradients")
 WEIGHTS = (
-    "quantised weights",
-    "quantisation constants",
-    "linear weights",
-    "embeddings and head",
-    "norms and the rest",
-    "adapters",
+    *("quantised weights", "quantisation constants", "linear weights"),
+    *("embeddings and head", "norms and the rest", "adapters"),
 )
 ROWS = (*WEIGHTS, "optimizer states", "gradients", *KINDS[:-1])
 
@@ -79,9 +74,8 @@ def _mute(descriptor: int) -> Iterator[None]:
 class Allocations(TorchDispatchMode):
     """Record each change of live bytes while operations run, on real tensors or on fake ones.
 
-    `events` holds `(number, change)`: a storage gets its number, and a positive change in bytes,
-    when it is first seen, and a negative change when its last tensor is released. Storages of
-    tensors passed to `ignore` were there before and never count.
+    `events` holds `(number, change)` in bytes: positive when a storage is first seen and gets its
+    number, negative when its last tensor is released.
 
     >>> x = torch.ones(1000)
     >>> with Allocations() as allocations:
@@ -106,7 +100,7 @@ class Allocations(TorchDispatchMode):
         return [change for _, change in self.events]
 
     def ignore(self, tensors: Any) -> None:
-        """Leave out the storages of these tensors."""
+        """Leave out the storages of these tensors: they were there before."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 # The tensor is held, too: a released storage's address would be given out again.
@@ -180,9 +174,7 @@ def _constants(tensor: Tensor) -> list[Tensor]:
 def weigh(
     model: nn.Module, module: nn.Module | None = None, but: nn.Module | None = None
 ) -> dict[str, int]:
-    """Add up the bytes of a model's tensors by the rows of the ledger.
-
-    Tensors that share storage count once.
+    """Add up the bytes of a model's tensors by the rows of the ledger; shared storage counts once.
 
     Args:
         model: says what is a head, and what is trained.
@@ -316,9 +308,8 @@ class StepTrace:
     @property
     def weights(self) -> dict[str, int]:
         """Bytes of the whole model's weights, by row."""
-        names = [row for row in WEIGHTS if row in self.outside or row in self.in_block]
-        more = self.depth
-        return {r: self.outside.get(r, 0) + more * self.in_block.get(r, 0) for r in names}
+        rows = [row for row in WEIGHTS if row in self.outside or row in self.in_block]
+        return {r: self.outside.get(r, 0) + self.depth * self.in_block.get(r, 0) for r in rows}
 
     @property
     def trained(self) -> list[tuple[int, int]]:
@@ -327,10 +318,8 @@ class StepTrace:
 
     def live(self, batch: int, length: int) -> np.ndarray:
         """Live bytes above the weights after each event of a step, `[events, kinds]`."""
-        tokens = batch * length
-        changes = np.array([1, tokens, tokens * length]) @ self.changes
-        one_hot = np.eye(len(KINDS))[self.kinds]
-        live = np.cumsum(one_hot * changes[:, None], axis=0)
+        changes = np.array([1, batch * length, batch * length**2]) @ self.changes
+        live = np.cumsum(np.eye(len(KINDS))[self.kinds] * changes[:, None], axis=0)
         missing = self.depth - self.blocks
         if missing > 0:
             live += missing * self._per_block(live)

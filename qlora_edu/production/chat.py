@@ -1,13 +1,13 @@
 """Support for chapter 10: a conversation with one of several systems, in the terminal or a widget.
 
 `python -m qlora_edu chat` loads one base and the course's four adapters. Each message is answered
-by the system that is chosen, or by two side by side. `Chat` is what the terminal and the widget
-of the notebook have in common, and knows nothing of either.
+by the system that is chosen, or by two. Terminal and widget have `Chat` in common.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from qlora_edu.production.serving import AdapterShelf
 from qlora_edu.text.conversations import Message
 from qlora_edu.text.generation import check_sampling, stream_answer
 
-ADAPTERS = "data/adapters"
 HELP = """\
 Type a message, or one of these:
   /use NAME            answer by this system (/use alone lists them)
@@ -52,9 +51,7 @@ class Chat:
     def answer(
         self, message: str, system: str, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """Yield the answer as it grows. It ends early once `stopped()` says so.
-
-        An answer that was stopped is remembered as far as it came.
+        """Yield the answer as it grows; it ends, and is remembered so far, once `stopped()`.
 
         Raises:
             GenerationError: if the message is empty or too long, or a setting cannot be.
@@ -86,7 +83,6 @@ def load_chat(
     model: str = "data/base-model",
     adapters: Mapping[str, str | Path] | None = None,
     method: str = "qlora",
-    **settings: Any,
 ) -> Chat:
     """A chat with a base, in 4 bits or (`method="lora"`) as it is, and adapters by name.
 
@@ -96,21 +92,17 @@ def load_chat(
         ModelUnavailableError, ConfigError, LoRAError: naming what cannot be loaded.
     """
     if adapters is None:
-        folders = sorted(
-            path.parent for path in Path(locate(ADAPTERS)).glob("*/adapter_config.json")
-        )
-        adapters = {folder.name: folder for folder in folders}
+        found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
+        adapters = {path.parent.name: path.parent for path in found}
     config = FinetuneConfig.from_preset("embedded", model=model, method=method)
     base, tokenizer = load_base(config)
-    return Chat(AdapterShelf(base, adapters), tokenizer, **settings)
+    return Chat(AdapterShelf(base, adapters), tokenizer)
 
 
 def opening_lines(chat: Chat, systems: Sequence[str]) -> str:
     """What the terminal shows first: the systems, an example, and how to get help."""
-    return (
-        f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help\n"
-        f"Give a passage and ask about it, such as: {EXAMPLE}"
-    )
+    names = f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help"
+    return f"{names}\nGive a passage and ask about it, such as: {EXAMPLE}"
 
 
 def converse(
@@ -120,11 +112,10 @@ def converse(
     write: Callable[[str], Any] | None = None,
 ) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
-    if read is None:
-        with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
-            import readline  # noqa: F401
-    read, write = read or input, write or _write
-    systems = list(systems)
+    with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
+        import readline  # noqa: F401
+    read, systems = read or input, list(systems)
+    write = write or partial(print, end="", flush=True)
     while True:
         try:
             line = read("> ").strip()
@@ -189,7 +180,3 @@ def _set(chat: Chat, command: str, word: str) -> None:
         raise GenerationError(f"/length must be at least 1, not {number}")
     else:
         chat.max_new_tokens = number
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)

@@ -1,10 +1,7 @@
 """Support for chapter 9: a real architecture with random weights, to measure time and memory.
 
-A step takes as long and as much memory with random weights as with trained ones. So where the Hub
-is out of reach, the machine can still be measured: `write_random` writes a folder that the real
-loader reads, shard by shard, and `build_random` makes a model layer by layer, each quantised before
-the next is made, so that a 65B is never in memory in 16 bits. What such a model *says* is noise, so
-it is labelled wherever it appears: no quality is ever measured with it.
+A step takes as long and as much memory with random weights as with trained ones. What such a model
+*says* is noise, so it is labelled wherever it appears: no quality is ever measured with it.
 
     python -m qlora_edu.production.random_weights llama-7b runs/random-7b
 """
@@ -22,41 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.errors import QloraError, RunExistsError
-from qlora_edu.files import ROOT
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import ROOT, atomic
 from qlora_edu.planner import MODELS, configuration
 from qlora_edu.planner.fake_step import StepSettings, add_adapters, causal_model, quantize_layers
 
-STANDARD_DEVIATION = 0.02  # Llama's own initializer_range
-
 
 def random_tensor(
-    name: str, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    name: str, shape: Sequence[int], dtype: torch.dtype, device: str = "cpu"
 ) -> Tensor:
     """Make the random weight called `name`: always the same on the same kind of device.
 
-    Vectors named as norms are ones, other vectors zeros, as when training begins; matrices are
-    normal with standard deviation 0.02.
+    Norms are ones, other vectors zeros; matrices are normal with standard deviation 0.02.
 
     >>> random_tensor("model.norm.weight", [3], torch.float32)
     tensor([1., 1., 1.])
-    >>> round(random_tensor("up_proj.weight", [64, 64], torch.float32).std().item(), 2)
-    0.02
     """
     if len(shape) == 1:
         filled = torch.ones if "norm" in name and name.endswith("weight") else torch.zeros
         return filled(*shape, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed ^ zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     values = torch.empty(*shape, dtype=dtype, device=device)
-    return values.normal_(0, STANDARD_DEVIATION, generator=generator)
+    return values.normal_(0, 0.02, generator=generator)  # Llama's own initializer_range
 
 
 def write_random(
-    folder: str | Path,
-    model: Any,
-    dtype: str = "bfloat16",
-    shard_bytes: int = 4 * 2**30,
-    seed: int = 0,
+    folder: str | Path, model: Any, dtype: str = "bfloat16", shard_bytes: int = 4 * 2**30
 ) -> Path:
     """Write a model of random weights as a Hugging Face folder, never holding more than one shard.
 
@@ -64,11 +51,8 @@ def write_random(
     is written whole or not at all; `config.json` says `"random_init": true`.
 
     Args:
-        folder: to be made.
         model: as for `plan_memory`: a name such as "llama-7b", or a configuration.
-        dtype: of the weights.
         shard_bytes: the most that a file holds.
-        seed: another one gives other weights.
 
     Raises:
         RunExistsError: the folder is there already.
@@ -84,17 +68,15 @@ def write_random(
     if skeleton.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
     index: dict[str, str] = {}
-    with whole_or_absent(folder) as part:
+    with atomic.folder(folder) as part:
         shards = list(_shards(kept, shard_bytes))
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {
-                n: random_tensor(n, kept[n].shape, kept[n].dtype, "cpu", seed) for n in names
-            }
+            tensors = {n: random_tensor(n, kept[n].shape, kept[n].dtype) for n in names}
             save_file(tensors, part / file, metadata={"format": "pt"})
             index |= dict.fromkeys(names, file)
-        total = sum(tensor.nbytes for tensor in kept.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        size = {"total_size": sum(tensor.nbytes for tensor in kept.values())}
+        text = json.dumps({"metadata": size, "weight_map": index}, indent=1)
         (part / "model.safetensors.index.json").write_text(text + "\n")
         skeleton.config.random_init = True
         skeleton.config.architectures = [type(skeleton).__name__]
@@ -106,32 +88,26 @@ def write_random(
 
 
 def build_random(
-    model: Any, settings: StepSettings, device: str = "cpu", lora_alpha: float = 16.0, seed: int = 0
+    model: Any, settings: StepSettings, device: str = "cpu", lora_alpha: float = 16.0
 ) -> nn.Module:
     """Build a model of random weights on `device`, ready for a training step.
 
     With `method="qlora"` each linear layer is made, quantised and forgotten before the next: the
-    most that is ever there is the finished part and one layer in 16 bits.
-
-    Args:
-        model: as for `plan_memory`.
-        settings: `settings.backend` says whose 4-bit layers and adapters they are.
-
-    Raises:
-        PlanError: see `plan_memory`.
+    most that is ever there is the finished part and one layer in 16 bits. Model and errors: as in
+    `plan_memory`; `settings.backend` says whose 4-bit layers and adapters they are.
     """
     built = _skeleton(model, settings.dtype)
     built.config.use_cache = False
     dtype = getattr(torch, settings.dtype)
 
     def make_weight(name: str, linear: nn.Linear) -> Tensor:
-        return random_tensor(f"{name}.weight", linear.weight.shape, dtype, device, seed)
+        return random_tensor(f"{name}.weight", linear.weight.shape, dtype, device)
 
     adapted = quantize_layers(built, settings, make_weight=make_weight, lora_alpha=lora_alpha)
     for name, parameter in list(built.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = random_tensor(name, parameter.shape, parameter.dtype, device, seed)
+            value = random_tensor(name, parameter.shape, parameter.dtype, device)
             setattr(built.get_submodule(owner), leaf, nn.Parameter(value))
     built.tie_weights()
     built.to(device)  # the buffers: the table of rotary angles
@@ -142,29 +118,24 @@ def _skeleton(model: Any, dtype: str) -> Any:
     """The model without its weights: they are on the device `meta`, buffers are real."""
     from accelerate import init_empty_weights
 
-    _, config = configuration(model)
     with init_empty_weights(include_buffers=False):
-        return causal_model(config, dtype)
+        return causal_model(configuration(model)[1], dtype)
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
     names: list[str] = []
-    size = 0
     for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > limit:
+        if names and sum(tensors[n].nbytes for n in names) + tensor.nbytes > limit:
             yield names
-            names, size = [], 0
+            names = []
         names.append(name)
-        size += tensor.nbytes
     yield names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: a model's name and the folder to make."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qlora_edu.production.random_weights",
-        description="Write a real architecture with random weights, to measure time and memory.",
-    )
+    """Write a real architecture with random weights, to measure time and memory."""
+    name = "python -m qlora_edu.production.random_weights"
+    parser = argparse.ArgumentParser(prog=name, description=main.__doc__)
     parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
     parser.add_argument("folder", help="to be made; 2 bytes per parameter")
     arguments = parser.parse_args(argv)

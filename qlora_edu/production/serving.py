@@ -1,9 +1,8 @@
 """Support for chapter 10: what a trained adapter becomes when it goes to work.
 
-There are two ways. **Merged**, `ΔW` is added to the weight and the adapter is gone: a plain
-checkpoint that any program loads, as fast as the base, in 16 bits. **Unmerged**, one base serves
-several adapters, and each request says which: a little slower, but ten assistants take the memory
-of one base and ten small files.
+**Merged**, `ΔW` is added to the weight and the adapter is gone: a plain checkpoint in 16 bits that
+any program loads, as fast as the base. **Unmerged**, one base serves several adapters, and each
+request says which: a little slower, but ten assistants take one base and ten small files.
 """
 
 import json
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_edu.compat import quiet
 from qlora_edu.errors import LoRAError, RunExistsError
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import atomic
 from qlora_edu.production.config import did_you_mean
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGE_TARGETS, merge_weight
@@ -35,14 +34,11 @@ def merged_tensors(
 ) -> dict[str, Tensor]:
     """The weights of a PEFT model with its adapter merged, under the names of the plain model.
 
-    A base that was never quantised has only one way, and `into` is not looked at.
-
     Args:
         model: a PEFT model with one active adapter.
-        into: as for `merge_weight`: `"dequantized"`, the base that the adapter was trained beside;
-            `"original"`, whose tensors are then wanted; or `"4-bit"`.
+        into: as for `merge_weight`; a base that was never quantised has only one way.
         dtype: of the merged weights.
-        original: the base's tensors before it was quantised, by name.
+        original: for `into="original"`, the base's tensors before it was quantised, by name.
 
     Raises:
         LoRAError: if the adapter is more than LoRA on linear layers, if nothing is adapted, or if
@@ -82,9 +78,7 @@ def merged_tensors(
                 )
             merged[plain_name] = total.to(dtype)
     if not changed:
-        raise LoRAError(
-            "no layer of this model is adapted; attach an adapter, or nothing is to merge"
-        )
+        raise LoRAError("no layer of this model is adapted: attach an adapter before merging")
     return merged
 
 
@@ -98,7 +92,7 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    The folder is written whole or not at all. `merged.json` in it says what was merged into what.
+    It is written whole or not at all. `merged.json` in it says what was merged into what.
 
     Raises:
         RunExistsError: if the folder is there already.
@@ -114,9 +108,8 @@ def write_merged(
     fields = model.get_base_model().config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
         fields.pop(field, None)
-    config = AutoConfig.for_model(**fields)
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype)
     plain.load_state_dict(tensors, strict=False, assign=True)
     plain.tie_weights()
     left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
@@ -125,14 +118,10 @@ def write_merged(
             f"the merged model lacks {', '.join(left)}; give the model that was fine-tuned, whole"
         )
     adapter = model.peft_config[model.active_adapter]
-    metadata = {
-        "base_model": adapter.base_model_name_or_path,
-        "merged_into": into,
-        "dtype": str(dtype).removeprefix("torch."),
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-    }
-    with whole_or_absent(folder) as part, quiet():
+    metadata = {"base_model": adapter.base_model_name_or_path, "merged_into": into}
+    metadata |= {"dtype": str(dtype).removeprefix("torch."), "r": adapter.r}
+    metadata |= {"lora_alpha": adapter.lora_alpha}
+    with atomic.folder(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "merged.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
@@ -149,11 +138,8 @@ def _weight_of(layer: nn.Module) -> Tensor | QuantizedTensor:
 class AdapterShelf:
     """One base in memory, several adapters beside it, and each request takes one.
 
-    Each adapter is attached on its own; they are never added up.
-
-    Args:
-        model: the base; it is changed, and gets all adapters.
-        adapters: the folder of each, by name.
+    Each is attached on its own; they are never added up. `model`, the base, is changed; `adapters`
+    holds the folder of each by name.
 
     Raises:
         LoRAError: if a folder does not fit the base, or for the name "base", which means none.
@@ -169,11 +155,7 @@ class AdapterShelf:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Any]:
-        """The model with that adapter, for as long as the block lasts.
-
-        Raises:
-            LoRAError: if there is none of that name; it names those that are there.
-        """
+        """The model with that adapter, while the block lasts; `LoRAError` if there is none."""
         self.check(name)
         if len(self.names) == 1:
             yield self.model
@@ -193,14 +175,9 @@ class AdapterShelf:
         """Bytes that a system needs beside the others: an adapter's tensors, or all of the base."""
         self.check(name)
         named = dict(self.model.named_parameters())
-        of_base = {n for n in named if "lora_" not in n}
-        if name == BASE:
-            return sum(_nbytes(named[n]) for n in of_base)
-        return sum(_nbytes(p) for n, p in named.items() if f".{name}." in n and n not in of_base)
-
-
-def _nbytes(parameter: Tensor) -> int:
-    """Bytes of a parameter, the constants of a packed one included."""
-    state = getattr(parameter, "quant_state", None)
-    extra = state.as_dict(packed=True).values() if state is not None else ()
-    return parameter.nbytes + sum(tensor.nbytes for tensor in extra)
+        if name != BASE:
+            return sum(p.nbytes for n, p in named.items() if "lora_" in n and f".{name}." in n)
+        of_base = [parameter for n, parameter in named.items() if "lora_" not in n]
+        states = [p.quant_state.as_dict(packed=True) for p in of_base if hasattr(p, "quant_state")]
+        constants = [tensor for state in states for tensor in state.values()]
+        return sum(tensor.nbytes for tensor in [*of_base, *constants])

@@ -13,14 +13,7 @@ RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def render_training_memory(size: str = "7B", r: int = 64) -> bytes:
-    """Memory of four ways to fine-tune a LLaMA, as PNG bytes.
-
-    Raises:
-        KeyError: for a size that is not in `LLAMA_SHAPES`.
-
-    >>> render_training_memory("13B", 16)[:4]
-    b'\\x89PNG'
-    """
+    """Memory of four ways to fine-tune a LLaMA, as PNG bytes."""
     return figure_png(draw_training_memory(size, r))
 
 
@@ -34,8 +27,6 @@ def memory_explorer() -> Explorer:
 
 
 CARDS_GB = (16, 24, 48, 80)
-
-
 METHODS = {
     "full": "full fine-tuning, 16 bits",
     "lora": "LoRA, 16-bit base",
@@ -47,11 +38,8 @@ METHODS = {
 def training_gigabytes(size: str, method: str, r: int = 64) -> dict[str, float]:
     """Memory of weights, trained adapters, gradients and Adam's two states, in GB (10⁹ bytes).
 
-    Activations are left out: they depend on batch and length. Adam keeps two float32 numbers for
-    each trained parameter. Adapters and their gradients are float32, as PEFT keeps them.
-
-    Raises:
-        KeyError: for a size or method that is not in `LLAMA_SHAPES` or `METHODS`.
+    Activations are left out. Adam keeps two float32 numbers per trained
+    parameter. Adapters and their gradients are float32, as PEFT keeps them.
 
     >>> round(sum(training_gigabytes("65B", "full").values()))  # the paper: "more than 780 GB"
     783
@@ -65,6 +53,11 @@ def training_gigabytes(size: str, method: str, r: int = 64) -> dict[str, float]:
         "gradients": trained * width / 1e9,
         "optimizer": trained * 8 / 1e9,
     }
+
+
+def _paint(color: str, hatch: str) -> dict[str, object]:
+    edge = PALETTE["adapter"] if hatch else color
+    return {"facecolor": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0}
 
 
 def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
@@ -89,38 +82,19 @@ def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
         left = 0.0
         for part, gigabytes in parts.items():
             color, hatch = styles.get(part, (weights, ""))
-            ax.barh(
-                row,
-                max(0, min(gigabytes, edge - left)),
-                left=min(left, edge),
-                color=color,
-                hatch=hatch,
-                edgecolor=PALETTE["adapter"] if hatch else color,
-                linewidth=0,
-                height=0.6,
-            )
+            width, start = max(0, min(gigabytes, edge - left)), min(left, edge)
+            ax.barh(row, width, left=start, height=0.6, **_paint(color, hatch))
             left += gigabytes
-        fits = left <= edge
-        ax.text(
-            left + 0.8 if fits else edge - 1,
-            row,
-            f"{left:.1f} GB" if fits else f"{left:.0f} GB →",
-            va="center",
-            ha="left" if fits else "right",
-            weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
-        )
+        x, said, side = left + 0.8, f"{left:.1f} GB", "left"
+        if left > edge:
+            x, said, side = edge - 1, f"{left:.0f} GB →", "right"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+        ax.text(x, row, said, va="center", ha=side, weight="bold", bbox=box)
     for card in CARDS_GB:
         ax.axvline(card, color=PALETTE["device"], linewidth=1.6, linestyle="--", zorder=0.5)
-        ax.text(
-            card,
-            len(METHODS) - 0.45,
-            f"{card} GB",
-            color=PALETTE["device"],
-            ha="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        style = {"color": PALETTE["device"], "ha": "center", "fontsize": 9}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text(card, len(METHODS) - 0.45, f"{card} GB", bbox=box, **style)
     ax.set(yticks=range(len(METHODS)), xlim=(0, edge), ylim=(-0.5, len(METHODS) - 0.2))
     ax.set_yticklabels(list(reversed(METHODS.values())))
     ax.grid(False)
@@ -131,21 +105,9 @@ def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
         "gradients": styles["gradients"],
         "optimizer states": styles["optimizer"],
     }
-    patches = [
-        Rectangle(
-            (0, 0), 1, 1, facecolor=color, hatch=hatch, edgecolor=PALETTE["adapter"], linewidth=0
-        )
-        for color, hatch in key.values()
-    ]
-    figure.legend(
-        patches,
-        list(key),
-        loc="outside lower center",
-        ncols=5,
-        fontsize=10,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
+    patches = [Rectangle((0, 0), 1, 1, **_paint(*style)) for style in key.values()]
+    tight = {"fontsize": 10, "columnspacing": 1.2, "handlelength": 1.4}
+    figure.legend(patches, list(key), loc="outside lower center", ncols=5, **tight)
     smallest = sum(training_gigabytes(size, "qlora", r).values())
     ax.set_title(f"LLaMA-{size} at r = {r}: QLoRA needs {smallest:.1f} GB before activations")
     ax.set_xlabel("GB (10⁹ bytes); dashed: cards; activations are not counted")

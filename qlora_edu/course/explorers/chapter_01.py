@@ -46,16 +46,7 @@ def scaled_weights(distribution: str, blocks: int = 32768) -> Tensor:
 def render_nf4_bins(
     bits: int = 4, offset: float = 0.9677083, distribution: str = "normal"
 ) -> bytes:
-    """Draw NormalFloat's levels and bins under the density of scaled weights, and their use.
-
-    Args:
-        bits: width of a code, 2 to 6.
-        offset: the outermost probability, between 0.5 and 1.
-        distribution: of the weights before their block is divided by its absmax; see `DRAWS`.
-
-    >>> render_nf4_bins(bits=2)[:4]
-    b'\\x89PNG'
-    """
+    """Draw NormalFloat's levels and bins under the density of scaled weights, and their use."""
     scaled, levels = scaled_weights(distribution), nf4_levels(bits, offset)
     usage = level_usage(assign(scaled, levels), len(levels))
     edges = torch.cat([levels[:1], (levels[:-1] + levels[1:]) / 2, levels[-1:]])
@@ -90,11 +81,7 @@ def render_nf4_bins(
 
 
 def nf4_explorer() -> Explorer:
-    """Make the explorer of chapter 1: bits, offset and distribution move the bins.
-
-    >>> sorted(nf4_explorer().controls)
-    ['bits', 'distribution', 'offset']
-    """
+    """Make the explorer of chapter 1: bits, offset and distribution move the bins."""
     return Explorer(
         render_nf4_bins,
         bits=IntSlider(4, min=2, max=6, description="bits"),

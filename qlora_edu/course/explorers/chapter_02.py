@@ -52,10 +52,6 @@ def _levels(name: str, blocksize: int) -> Tensor:
 def read_back_as(weight: Tensor, blocksize: int, format: str) -> Tensor:
     """Quantise a matrix in one of `FORMATS` and read it back.
 
-    Raises:
-        KeyError: for a format that is not in `FORMATS`.
-        BlocksizeError: `blocksize` is not one of `BLOCKSIZES`.
-
     >>> read_back_as(torch.eye(8), 64, "INT4").equal(torch.eye(8))
     True
     """
@@ -67,16 +63,7 @@ def read_back_as(weight: Tensor, blocksize: int, format: str) -> Tensor:
 
 
 def render_outlier_map(blocksize: int = 64, strength: float = 100, format: str = "NF4") -> bytes:
-    """Draw where in a matrix with one outlier the error sits, and how it is distributed.
-
-    Args:
-        blocksize: weights a block, one of `BLOCKSIZES`.
-        strength: size of the one outlier, in standard deviations of the other weights.
-        format: one of `FORMATS`.
-
-    >>> render_outlier_map(blocksize=4096, strength=1000)[:4]
-    b'\\x89PNG'
-    """
+    """Draw where in a matrix with one outlier the error sits, and how it is distributed."""
     weight = matrix_with_outlier(strength)
     error = read_back_as(weight, blocksize, format) - weight
     others = torch.ones_like(weight, dtype=torch.bool)
@@ -117,11 +104,7 @@ def render_outlier_map(blocksize: int = 64, strength: float = 100, format: str =
 
 
 def outlier_explorer() -> Explorer:
-    """Make the explorer of chapter 2: block size, outlier and format move the error map.
-
-    >>> sorted(outlier_explorer().controls)
-    ['blocksize', 'format', 'strength']
-    """
+    """Make the explorer of chapter 2: block size, outlier and format move the error map."""
     return Explorer(
         render_outlier_map,
         blocksize=SelectionSlider(options=BLOCKSIZES, value=64, description="block size"),
@@ -133,10 +116,7 @@ def outlier_explorer() -> Explorer:
 def draw_blocks_and_bytes(weight: Tensor, levels: Tensor, blocksize: int) -> Figure:
     """A small matrix on its way to bytes: laid flat, cut into blocks, scaled, coded, packed.
 
-    Args:
-        weight: `[rows, columns]`, at most sixteen numbers in all, an even number of them.
-        levels: a codebook of chapter 1.
-        blocksize: weights a block; any number, for the drawing.
+    `weight` has at most sixteen numbers, an even number of them; `blocksize` may be any number.
 
     >>> import torch
     >>> weight = torch.tensor([[-2.0, 2.0], [0.0, 1.0]])

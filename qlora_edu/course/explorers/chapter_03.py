@@ -52,16 +52,10 @@ def block_sums(blocksize: int) -> BlockSums:
 def constants_round_trip(
     absmax: Tensor, table: Tensor, nested_blocksize: int = 256, centre: bool = True
 ) -> Tensor:
-    """Write block constants as indices into a table, and read them back.
+    """Write block constants `[blocks]` as indices into an ascending table, and read them back.
 
-    Args:
-        absmax: float32 `[blocks]`.
-        table: ascending levels in [-1, 1]; 256 of them make an 8-bit code.
-        nested_blocksize: constants that share one float32 constant of their own.
-        centre: whether to subtract the mean first, as double quantisation does.
-
-    Returns:
-        float32 `[blocks]`.
+    `nested_blocksize` constants share one of theirs. `centre` subtracts the mean first, as double
+    quantisation does.
 
     >>> ruler = torch.arange(-127, 128) / 127
     >>> constants_round_trip(torch.tensor([2.0, 2.5, 3.0]), ruler)
@@ -80,10 +74,6 @@ def nf4_rms_error(blocksize: int, nested_blocksize: int = 256) -> float:
     """Root mean square error of NF4 on normal weights, in σ.
 
     With the constant ĉ read back, a block's squared error is ĉ²·Σq² − 2ĉ·Σqw + Σw².
-
-    Args:
-        blocksize: one of `BLOCKSIZES`.
-        nested_blocksize: one of `NESTED_BLOCKSIZES`; `FLOAT32` keeps the constants as they are.
 
     >>> round(nf4_rms_error(64, FLOAT32), 3), round(nf4_rms_error(64, 256), 3)
     (0.092, 0.092)
@@ -105,16 +95,7 @@ def bits_with_constants(blocksize: int, nested_blocksize: int = 256) -> float:
 
 
 def render_constants(blocksize: int = 64, nested_blocksize: int = 256, size: str = "7B") -> bytes:
-    """Draw what constants weigh in a model, and where the choice stands in bits and error.
-
-    Args:
-        blocksize: weights that share a constant; one of `BLOCKSIZES`.
-        nested_blocksize: constants that share one of their own; one of `NESTED_BLOCKSIZES`.
-        size: a LLaMA, one of `LLAMA_SHAPES`; its linear layers are counted.
-
-    >>> render_constants(size="13B")[:4]
-    b'\\x89PNG'
-    """
+    """Draw what constants weigh in a model, and where the choice stands in bits and error."""
     blue, grey, pink = (PALETTE[use] for use in ("quantized", "base", "highlight"))
     double = nested_blocksize != FLOAT32
     parameters, _ = llama_parameters(size)
@@ -155,11 +136,7 @@ def render_constants(blocksize: int = 64, nested_blocksize: int = 256, size: str
 
 
 def constants_explorer() -> Explorer:
-    """Make the explorer of chapter 3: the block sizes of both levels, and a model.
-
-    >>> sorted(constants_explorer().controls)
-    ['blocksize', 'nested_blocksize', 'size']
-    """
+    """Make the explorer of chapter 3: the block sizes of both levels, and a model."""
     nested = [("float32", FLOAT32), *((str(n), n) for n in NESTED_BLOCKSIZES[1:])]
     wide = {"description_width": "90px"}
     return Explorer(

@@ -22,9 +22,6 @@ _TOP = 1.5  # end of the axis of errors
 def synthetic_update(noise: float) -> tuple[Tensor, Tensor]:
     """Make a change `[64, 64]`, six directions and noise, and the six directions alone: float64.
 
-    Args:
-        noise: standard deviation of the noise in each entry.
-
     >>> wanted, signal = synthetic_update(0.0)
     >>> torch.equal(wanted, signal), int(torch.linalg.matrix_rank(signal))
     (True, 6)
@@ -79,12 +76,7 @@ def _draw_errors(ax: Axes, noise: float, r: int, scaling: float) -> None:
         inside = error <= _TOP - 0.06
         mark = {"marker": "o", "mfc": "none"} if inside else {"marker": "^"}
         ax.plot(
-            r,
-            min(error, _TOP - 0.06),
-            color=PALETTE["highlight"],
-            mew=2.5,
-            markersize=13,
-            **mark,
+            r, min(error, _TOP - 0.06), color=PALETTE["highlight"], mew=2.5, markersize=13, **mark
         )
     numbers = r * (SIZE + SIZE)
     ax.set_title(f"r(in + out) = {numbers:,} numbers for {SIZE * SIZE:,}", fontsize=11)
@@ -96,14 +88,6 @@ def render_low_rank(r: int = 8, lora_alpha: float = 8, noise: float = 0.15) -> b
 
     `B` and `A` are the best of their rank for `α = r`. Another `α` applies them too strongly or too
     weakly, as when an adapter is loaded with an `α` it was not trained with.
-
-    Args:
-        r: directions kept, 1 to 32.
-        lora_alpha: the `α` with which `B` and `A` are applied.
-        noise: standard deviation of the noise in each entry of the change.
-
-    >>> render_low_rank(r=2, lora_alpha=64)[:4]
-    b'\\x89PNG'
     """
     noise = round(noise, 3)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2))
@@ -115,11 +99,7 @@ def render_low_rank(r: int = 8, lora_alpha: float = 8, noise: float = 0.15) -> b
 
 
 def lora_explorer() -> Explorer:
-    """Make the explorer of chapter 4: rank, α, and the noise in the change that is wanted.
-
-    >>> sorted(lora_explorer().controls)
-    ['lora_alpha', 'noise', 'r']
-    """
+    """Make the explorer of chapter 4: rank, α, and the noise in the change that is wanted."""
     return Explorer(
         render_low_rank,
         r=IntSlider(8, min=1, max=32, description="rank r"),

@@ -45,15 +45,8 @@ def _direction(r: int) -> Tensor:
 def merge_outcome(into: str, size: float, r: int = 16, blocksize: int = 64) -> tuple[float, float]:
     """Merge an update into a normal weight of standard deviation 1, and see what has become of it.
 
-    Args:
-        into: one of `MERGE_TARGETS`.
-        size: root mean square of the update.
-        r: rank of the update.
-        blocksize: of the quantised weight, one of `BLOCKSIZES`.
-
-    Returns:
-        The share of the update that survives, and the distance (root mean square) from the weight
-        that was trained: the dequantised one plus the update.
+    Returns the share of the update that survives, and the distance (in rms) from the weight
+    that was trained: the dequantised one plus the update. `size` is the update's root mean square.
 
     >>> share, distance = merge_outcome("4-bit", 0.01)
     >>> round(share, 1), round(distance, 2)
@@ -67,28 +60,14 @@ def merge_outcome(into: str, size: float, r: int = 16, blocksize: int = 64) -> t
 
 
 def render_merge_survival(size: float = 0.03, r: int = 16, blocksize: int = 64) -> bytes:
-    """Draw what survives each of three merges, and the error each leaves behind.
-
-    Args:
-        size: root mean square of the update over that of the weight, one of `UPDATE_SIZES`.
-        r: rank of the update, one of `RANKS`.
-        blocksize: weights per block, one of `BLOCKSIZES`.
-
-    >>> render_merge_survival(size=1.0, r=1)[:4]
-    b'\\x89PNG'
-    """
+    """Draw what survives each of three merges, and the error each leaves behind."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(2, 3))
     outcomes = {into: merge_outcome(into, size, r, blocksize) for into in MERGE_TARGETS}
     shares = [100 * share for share, _ in outcomes.values()]
     colors = [MERGE_COLORS[into] for into in MERGE_TARGETS]
     bars = left.bar([MERGE_NAMES[into] for into in MERGE_TARGETS], shares, color=colors, width=0.62)
-    left.bar_label(
-        bars,
-        [f"{share:.3g} %\noff by {100 * off:.2g} %" for share, (_, off) in
-         zip(shares, outcomes.values(), strict=True)],
-        padding=3,
-        fontsize=10,
-    )  # fmt: skip
+    labels = [f"{100 * share:.3g} %\noff by {100 * off:.2g} %" for share, off in outcomes.values()]
+    left.bar_label(bars, labels, padding=3, fontsize=10)
     left.set(ylim=(0, 125), yticks=range(0, 101, 25), ylabel="update that survives (%)")
     left.set_xlabel("merged into; off: distance from what\nwas trained, in % of the weight")
 
@@ -115,20 +94,12 @@ def render_merge_survival(size: float = 0.03, r: int = 16, blocksize: int = 64) 
 
 
 def merge_explorer() -> Explorer:
-    """Make the explorer of chapter 5: size and rank of the update, and the block size.
-
-    >>> sorted(merge_explorer().controls)
-    ['blocksize', 'r', 'size']
-    """
+    """Make the explorer of chapter 5: size and rank of the update, and the block size."""
     wide = {"description_width": "90px"}
+    sizes = [(f"{100 * size:g} %", size) for size in UPDATE_SIZES]
     return Explorer(
         render_merge_survival,
-        size=SelectionSlider(
-            options=[(f"{100 * size:g} %", size) for size in UPDATE_SIZES],
-            value=0.03,
-            description="update size",
-            style=wide,
-        ),
+        size=SelectionSlider(options=sizes, value=0.03, description="update size", style=wide),
         r=SelectionSlider(options=RANKS, value=16, description="rank", style=wide),
         blocksize=Dropdown(options=BLOCKSIZES, value=64, description="block size"),
     )

@@ -27,19 +27,7 @@ def render_budget(
 ) -> bytes:
     """Draw the memory of a training step, moment by moment, against a card.
 
-    Args:
-        model: one of `ADAPTED`.
-        card: its memory in GB, as it is sold.
-        method: one of `METHODS`.
-        r: of LoRA and QLoRA, or the bottleneck of Houlsby's adapters; full ones have none.
-        max_length: tokens per row.
-        batch_size: rows per step.
-
-    Raises:
-        PlanError: for a model or a method that cannot be planned.
-
-    >>> render_budget("qwen2.5-0.5b", card=8, method="full")[:4]
-    b'\\x89PNG'
+    `r` is the bottleneck of Houlsby's adapters, and nothing for a full fine-tuning.
     """
     size = {"full": {}, "houlsby": {"bottleneck": r}}.get(method, {"r": r})
     plan = plan_memory(model, method, batch_size=batch_size, max_length=max_length, **size)
@@ -47,11 +35,7 @@ def render_budget(
 
 
 def budget_explorer() -> Explorer:
-    """Make the explorer of chapter 6; each model, method or rank takes a second at its first turn.
-
-    >>> sorted(budget_explorer().controls)
-    ['batch_size', 'card', 'max_length', 'method', 'model', 'r']
-    """
+    """Make the explorer of chapter 6; a model, method or rank takes a second at first."""
     return Explorer(
         render_budget,
         model=Dropdown(options=ADAPTED, value="llama-7b", description="model"),
@@ -95,9 +79,6 @@ def row_style(row: str, method: str) -> dict[str, object]:
 
 def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
     """A training step's memory at each of its four moments, against the memory of a card.
-
-    The peak has a frame; the key names what can be seen at any moment; the title is the plan's
-    sentence.
 
     >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch_size=4), 24)
     >>> [text.get_text() for text in figure.axes[0].texts if "peak" in text.get_text()]

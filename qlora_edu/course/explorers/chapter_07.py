@@ -30,12 +30,8 @@ def record_trace(frames: int = 4, prefetch: bool = False) -> tuple[PageEvent, ..
     """
     elements = PAGE_BYTES // 8  # two float32 states for each
     parameters = {n: torch.nn.Parameter(torch.zeros(k * elements)) for n, k in PAGES_OF.items()}
-    optimizer = PrefetchingPagedAdamW(
-        parameters.values(),
-        budget_bytes=frames * PAGE_BYTES,
-        page_bytes=PAGE_BYTES,
-        prefetch=prefetch,
-    )
+    sizes = {"budget_bytes": frames * PAGE_BYTES, "page_bytes": PAGE_BYTES}
+    optimizer = PrefetchingPagedAdamW(parameters.values(), **sizes, prefetch=prefetch)
     optimizer.trace = []
     for skipped in (None, "b"):
         for name, parameter in parameters.items():
@@ -93,19 +89,15 @@ def describe_event(event: PageEvent, dirty: set[int]) -> str:
 
 def draw_tiers(ax: Axes, state: TierState, event: PageEvent | None, written: bool) -> None:
     """Draw the pages of the host tier above the frames of the device tier."""
-    host, device, orange, pink = (
-        PALETTE[use] for use in ("host", "device", "adapter", "highlight")
-    )
+    host, device, orange, pink = map(PALETTE.get, ("host", "device", "adapter", "highlight"))
     for page, name in enumerate(_NAMES):
         here = page in state.holds
         ax.add_patch(plt.Rectangle((page, 2), 0.9, 0.7, color=host, alpha=0.35 if here else 1))
         ax.text(page + 0.45, 2.35, name, ha="center", va="center")
     left = (len(_NAMES) - len(state.holds)) / 2
     for frame, page in enumerate(state.holds):
-        edge = orange if page in state.dirty else "none"
-        box = plt.Rectangle(
-            (left + frame, 0), 0.9, 0.7, facecolor=device, edgecolor=edge, linewidth=3
-        )
+        style = {"edgecolor": orange if page in state.dirty else "none", "linewidth": 3}
+        box = plt.Rectangle((left + frame, 0), 0.9, 0.7, facecolor=device, **style)
         box.set_alpha(0.25 if page is None else 1)
         ax.add_patch(box)
         text = "" if page is None else _NAMES[page]
@@ -126,16 +118,7 @@ def draw_tiers(ax: Axes, state: TierState, event: PageEvent | None, written: boo
 
 
 def render_paging(events: int = 5, frames: int = 4, prefetch: bool = False) -> bytes:
-    """Draw both tiers after some events of two real steps, and say what the last one was.
-
-    Args:
-        events: how many of the trace's events have happened; more than there are is all of them.
-        frames: of the device tier; 2 to 10.
-        prefetch: whether the next page is sent for while one is computed.
-
-    >>> render_paging(5)[:4]
-    b'\\x89PNG'
-    """
+    """Draw both tiers after some events of two real steps, and say what the last one was."""
     trace = record_trace(frames, prefetch)
     events = min(events, len(trace))
     state = replay_trace(trace, events, frames)
@@ -155,11 +138,7 @@ def render_paging(events: int = 5, frames: int = 4, prefetch: bool = False) -> b
 
 
 def paging_explorer() -> Explorer:
-    """Make the explorer of chapter 7: step through the trace, with more or fewer frames.
-
-    >>> sorted(paging_explorer().controls)
-    ['events', 'frames', 'prefetch']
-    """
+    """Make the explorer of chapter 7: step through the trace, with more or fewer frames."""
     return Explorer(
         render_paging,
         events=IntSlider(5, min=0, max=EVENTS, description="events"),

@@ -110,18 +110,7 @@ def render_study(
     margin: float = 0.05,
     seeds: int = 3,
 ) -> bytes:
-    """Draw the stored runs of two ways, the interval of their difference, and the verdict.
-
-    Args:
-        measure: one of `STUDY_MEASURES`.
-        first: one of `STUDY_WAYS`.
-        second: another one.
-        margin: the largest difference that does not matter, in the unit of the measure.
-        seeds: how many of the stored seeds are looked at, from the first.
-
-    >>> render_study()[:4]
-    b'\\x89PNG'
-    """
+    """Draw the stored runs of two ways, the interval of their difference, and the verdict."""
     one, two = study_pairs(measure, first, second, seeds)
     if len(one) < 2:
         return _say(f"{first} and {second} have no two seeds in common yet: make experiments")
@@ -152,11 +141,7 @@ def _say(words: str) -> bytes:
 
 
 def study_explorer() -> Explorer:
-    """Make the explorer of chapter 8: two ways, a margin, a number of seeds, and the verdict.
-
-    >>> sorted(study_explorer().controls)
-    ['first', 'margin', 'measure', 'second', 'seeds']
-    """
+    """Make the explorer of chapter 8: two ways, a margin, a number of seeds, and the verdict."""
     return Explorer(
         render_study,
         measure=Dropdown(options=list(STUDY_MEASURES), description="measure"),

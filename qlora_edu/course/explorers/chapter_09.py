@@ -19,7 +19,6 @@ from qlora_edu.text.conversations import (
 )
 
 ROWS = 30
-LIMITS = (8, 128)
 
 
 @lru_cache(maxsize=1)
@@ -31,14 +30,7 @@ def _rows() -> tuple[object, list[Conversation]]:
 
 
 def render_trained_tokens(row: int = 0, max_length: int = 64) -> bytes:
-    """A training row of the embedded tasks, token by token, under a length limit, as PNG bytes.
-
-    Raises:
-        IndexError: for a row outside the first 30.
-
-    >>> render_trained_tokens(2, 64)[:4]
-    b'\\x89PNG'
-    """
+    """A training row of the embedded tasks, token by token, under a length limit, as PNG bytes."""
     tokenizer, conversations = _rows()
     encoded = encode_conversation(tokenizer, conversations[row])
     trained = [label != IGNORED for label in encoded["labels"]]
@@ -47,9 +39,8 @@ def render_trained_tokens(row: int = 0, max_length: int = 64) -> bytes:
     what = f"{left} of {sum(trained)} answer tokens are trained on"
     if max_length < len(pieces):
         what = f"{what}, not the end" if left else "no answer left, the row is dropped"
-    return figure_png(
-        draw_trained_tokens(pieces, trained, max_length, f"Row {row}, {len(pieces)} tokens: {what}")
-    )
+    title = f"Row {row}, {len(pieces)} tokens: {what}"
+    return figure_png(draw_trained_tokens(pieces, trained, max_length, title))
 
 
 def tokens_explorer() -> Explorer:
@@ -57,7 +48,7 @@ def tokens_explorer() -> Explorer:
     return Explorer(
         render_trained_tokens,
         row=IntSlider(2, min=0, max=ROWS - 1, description="row"),
-        max_length=IntSlider(64, min=LIMITS[0], max=LIMITS[1], description="max_length"),
+        max_length=IntSlider(64, min=8, max=128, description="max_length"),
     )
 
 
@@ -91,27 +82,12 @@ def draw_trained_tokens(
         kept = i < max_length
         face = "white" if not kept else PALETTE["adapter"] if trained[i] else PALE_GREY
         edge = PALETTE["gradient"] if not kept else "none"
-        ax.add_patch(
-            Rectangle(
-                (column, -row * 1.25 - 1),
-                len(token) + 0.9,
-                1,
-                facecolor=face,
-                edgecolor=edge,
-                linestyle=":",
-                linewidth=1.2,
-            )
-        )
-        ax.text(
-            column + (len(token) + 0.9) / 2,
-            -row * 1.25 - 0.53,
-            token,
-            ha="center",
-            va="center",
-            family="monospace",
-            fontsize=8.6,
-            color=PALETTE["ink"] if kept else PALETTE["gradient"],
-        )
+        style = {"facecolor": face, "edgecolor": edge, "linestyle": ":", "linewidth": 1.2}
+        y, room = -row * 1.25, len(token) + 0.9
+        ax.add_patch(Rectangle((column, y - 1), room, 1, **style))
+        font = {"family": "monospace", "fontsize": 8.6, "ha": "center", "va": "center"}
+        ink = PALETTE["ink" if kept else "gradient"]
+        ax.text(column + room / 2, y - 0.53, token, color=ink, **font)
     kinds = {
         "read, not trained on": (PALE_GREY, "none", "-"),
         "trained on": (PALETTE["adapter"], "none", "-"),

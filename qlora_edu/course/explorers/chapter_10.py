@@ -54,28 +54,19 @@ JUDGES: dict[str, Judge] = {
 def load_tournament() -> dict[str, Any]:
     """The answers of all systems to the same prompts, as benchmarks/tournament.py stored them.
 
-    `systems` holds what each one is, by name; `rows` holds `prompt`, `wanted`, `family`
-    and the `answers` by system: what `qlora_edu.evaluation` calls a row.
-
-    Raises:
-        FileNotFoundError: if it has not been run; the message says how.
+    `systems` holds what each one is, by name; `rows` holds the rows of `qlora_edu.evaluation`.
 
     >>> sorted(load_tournament()["rows"][0])
     ['answers', 'family', 'prompt', 'wanted']
     """
-    if not TOURNAMENT.exists():
-        raise FileNotFoundError(
-            f"{TOURNAMENT} is missing; make it with: python benchmarks/tournament.py"
-        )
     return json.loads(TOURNAMENT.read_text(encoding="utf-8"))
 
 
 @cache
 def tournament_games(judge: str) -> list[Game]:
-    """The games of all prompts under one of `JUDGES`, each pair once a prompt.
+    """The games of all prompts under one of `JUDGES`, each pair once per prompt.
 
-    These judges do not look at the order, so that a second game with the answers swapped would tell
-    nothing new.
+    No judge here looks at the order: a second game with the answers swapped would tell nothing new.
 
     >>> sorted({game.score for game in tournament_games("exact answer")})
     [0.0, 0.5, 1.0]
@@ -89,7 +80,6 @@ def tournament_ratings(judge: str, rating: str, prompts: int) -> dict[str, Inter
 
     Raises:
         EvaluationError: if Bradley–Terry has no finite estimate from so few.
-        KeyError: for a judge or a rating that is not on offer.
 
     >>> list(tournament_ratings("exact answer", "Elo over 1,000 orders", 150))[-1]
     'base'
@@ -140,16 +130,7 @@ def draw_ratings(ax: Axes, ratings: dict[str, Interval]) -> None:
 
 
 def render_tournament(judge: str = "exact answer", rating: str = ELO, prompts: int = 150) -> bytes:
-    """Draw the ratings of the stored tournament with their intervals, as PNG bytes.
-
-    Args:
-        judge: one of `JUDGES`.
-        rating: one of `RATINGS`.
-        prompts: how many of the stored prompts count, from the first.
-
-    >>> render_tournament()[:4]
-    b'\\x89PNG'
-    """
+    """Draw the ratings of the stored tournament with their intervals, as PNG bytes."""
     figure, ax = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
     try:
         ratings = tournament_ratings(judge, rating, prompts)
@@ -165,11 +146,7 @@ def render_tournament(judge: str = "exact answer", rating: str = ELO, prompts: i
 
 
 def tournament_explorer() -> Explorer:
-    """Make the explorer of chapter 10: a judge, a rating, a number of prompts, and who is first.
-
-    >>> sorted(tournament_explorer().controls)
-    ['judge', 'prompts', 'rating']
-    """
+    """Make the explorer of chapter 10: a judge, a rating, a number of prompts, and who is first."""
     return Explorer(
         render_tournament,
         judge=Dropdown(options=list(JUDGES), description="judge"),

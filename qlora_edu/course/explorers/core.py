@@ -1,9 +1,8 @@
 """Sliders that move a picture.
 
 Each picture is made by a pure function, `render_*(**parameters) -> bytes`: the same parameters give
-the same PNG, with or without a notebook, so tests can sweep every control. An `Explorer` puts
-controls above the picture and draws it again when one of them moves. If drawing fails, the error is
-written where the picture was: a widget that fails in silence teaches nothing.
+the same PNG, with or without a notebook. If drawing fails, the error is written where the picture
+was: a widget that fails in silence teaches nothing.
 """
 
 import html

@@ -67,16 +67,10 @@ class Playground(VBox):
         self.send_button.on_click(lambda _: self.send())
         self.stop_button.on_click(lambda _: self.stop())
         self.reset_button.on_click(lambda _: self.reset())
-        super().__init__(
-            [
-                HBox([self.base, self.left, self.right]),
-                HBox([self.temperature, self.length, self.remember]),
-                self.message,
-                HBox([self.send_button, self.stop_button, self.reset_button]),
-                self.status,
-                HBox(self.panes),
-            ]
-        )
+        who = HBox([self.base, self.left, self.right])
+        how = HBox([self.temperature, self.length, self.remember])
+        buttons = HBox([self.send_button, self.stop_button, self.reset_button])
+        super().__init__([who, how, self.message, buttons, self.status, HBox(self.panes)])
 
     @property
     def chat(self) -> Chat:
@@ -98,8 +92,7 @@ class Playground(VBox):
             return
         self._stopped.clear()
         self._busy(True)
-        for pane in self.panes:
-            pane.value = ""
+        self._clear()
         self._worker = threading.Thread(target=self._answer, daemon=True)
         self._worker.start()
 
@@ -113,8 +106,7 @@ class Playground(VBox):
         self.wait()
         for chat in self._chats.values():
             chat.reset()
-        for pane in self.panes:
-            pane.value = ""
+        self._clear()
         self._say("")
 
     def wait(self, seconds: float = 120) -> None:
@@ -137,12 +129,15 @@ class Playground(VBox):
             self._say("")
         except QloraError as error:
             self._say(str(error))
-            for pane in self.panes:
-                pane.value = ""
+            self._clear()
         except Exception as error:  # whatever it is, it must be seen: a thread has no cell
             self._say(f"{type(error).__name__}: {error}")
         finally:
             self._busy(False)
+
+    def _clear(self) -> None:
+        for pane in self.panes:
+            pane.value = ""
 
     def _busy(self, busy: bool) -> None:
         self.send_button.disabled, self.stop_button.disabled = busy, not busy
