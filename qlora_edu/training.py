@@ -20,6 +20,8 @@ from qlora_edu.text.conversations import IGNORED, Message, encode_prompt, pad, r
 
 Batch = Mapping[str, Tensor]
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+# A base may bring sampling settings, which greedy must not heed.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
@@ -131,8 +133,8 @@ def check_schedule(step: int, lr_scheduler_type: str, warmup_steps: int, total_s
         raise TrainingError(f"warmup_steps must be 0 or more, not {warmup_steps}")
     if lr_scheduler_type in ("linear", "cosine") and not step <= total_steps > 0:
         raise TrainingError(
-            f"a {lr_scheduler_type} schedule ends at total_steps={total_steps}, and step {step} is "
-            "asked for: pass the number of all steps"
+            f"a {lr_scheduler_type} schedule ends at {total_steps=}, and step {step} is asked for: "
+            "pass the number of all steps"
         )
 
 
@@ -240,18 +242,14 @@ def generate_answers(
         chosen = order[start : start + batch_size]
         ids = pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
         mask = pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
+        prompt = {"input_ids": ids, "attention_mask": mask}
         with evaluating(model):
             out = model.generate(
-                input_ids=ids.to(device_of(model)),
-                attention_mask=mask.to(device_of(model)),
+                **{name: tensor.to(device_of(model)) for name, tensor in prompt.items()},
+                **GREEDY,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,  # a base may bring sampling settings, which greedy must not heed
-                top_p=None,
-                top_k=None,
             )
         for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             answer = new[: new.index(end)] if end in new else new
@@ -266,9 +264,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     0.5
     """
     if not predictions or len(predictions) != len(references):
-        raise TrainingError(
-            f"{len(predictions)} predictions for {len(references)} references; need one for each"
-        )
+        found = f"{len(predictions)} predictions for {len(references)} references"
+        raise TrainingError(f"{found}; need one for each")
     pairs = zip(predictions, references, strict=True)
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
 
