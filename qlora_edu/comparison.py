@@ -1,8 +1,4 @@
-"""Chapter 8: what several runs show: a mean with its interval, and whether two ways are equal.
-
-One run of each method is an anecdote. `mean_interval` says what several seeds show, and
-`equivalence` whether two methods differ by less than a margin that was chosen beforehand.
-"""
+"""Chapter 8: what several runs show: a mean with its interval, and whether two ways are equal."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,11 +26,7 @@ def no_spread(values: Sequence[float]) -> bool:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval for the mean of a few independent runs.
-
-    Raises:
-        TrainingError: a value is not finite, or there are fewer than two, which say nothing about
-            how far runs differ.
+    """Student's t interval for the mean of two or more independent runs.
 
     >>> [round(end, 3) for end in mean_interval([0.90, 0.94, 0.92])]
     [0.92, 0.87, 0.97]
@@ -53,16 +45,18 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 class Equivalence(NamedTuple):
-    """What two one-sided tests say of the mean difference between two methods."""
+    """What two one-sided tests say of the mean difference between two methods.
+
+    `difference` is the mean of (first - second) over the seeds, with its interval at 1 - 2 * level;
+    `p` the larger of the two p values; `equivalent` whether both tests refute "they differ by the
+    margin or more"; `verdict` "equivalent", "different" (by more than the margin, surely) or "not
+    shown".
+    """
 
     difference: Interval
-    """Mean of (first - second) over the seeds, with its interval at 1 - 2 * level."""
     p: float
-    """The larger of the two one-sided p values."""
     equivalent: bool
-    """True if both tests refute "they differ by the margin or more"."""
     verdict: str
-    """"equivalent", "different" (by more than the margin, surely) or "not shown"."""
 
 
 def equivalence(
@@ -74,12 +68,8 @@ def equivalence(
     the burden is turned round: "they differ by the margin or more" has to be refuted on both sides.
 
     Args:
-        first, second: a value for each seed, in the same order of seeds.
         margin: in the unit of the values; to be chosen before the runs are looked at.
         level: of each of the two tests.
-
-    Raises:
-        TrainingError: if the runs are not paired, fewer than two, or the margin is not positive.
 
     Source: Schuirmann, "A comparison of the two one-sided tests procedure" (1987).
 

@@ -279,27 +279,26 @@ class FusedProduct(torch.autograd.Function):
 
 @dataclass
 class PagingCounters:
-    """What paging has cost. Each use of a page is one of `hits`, `prefetched`, `faults`."""
+    """What paging has cost. Each use of a page is one of three.
+
+    `hits`: it was in a frame from earlier; `prefetched`: it had been sent for early; `faults`: it
+    was neither there nor on its way. Bytes in and out are those copied into frames, and written
+    back.
+    """
 
     hits: int = 0
-    """The page was in a frame from earlier."""
     prefetched: int = 0
-    """It had been sent for before it was needed."""
     faults: int = 0
-    """It was neither there nor on its way, and had to be waited for."""
     evictions: int = 0
     bytes_in: int = 0
-    """Copied from the host tier into frames."""
     bytes_out: int = 0
-    """Written back."""
 
 
 class PageEvent(NamedTuple):
     """An entry of `PrefetchingPagedAdamW.trace`."""
 
     page: int
-    what: str
-    """"hit", "prefetched" or "fault", as counted; or "prefetch", when a page is sent for early."""
+    what: str  # "hit", "prefetched" or "fault", as counted; "prefetch": the page is sent for early
     frame: int
     evicted: int | None
 
@@ -307,12 +306,9 @@ class PageEvent(NamedTuple):
 class PrefetchingPagedAdamW(PagedAdamW):
     """Chapter 7's `PagedAdamW`, which fetches the next page while the current one is computed.
 
-    Copies run beside the computing: on a thread, or on a CUDA stream. Only pages that have changed
-    are written back. Parameters and states are those of `PagedAdamW`, to the bit.
-
-    Args:
-        params, and all settings: as for `PagedAdamW`.
-        prefetch: send for the next page early; takes two frames or more.
+    Copies run beside the computing, on a thread or a CUDA stream, and only pages that have changed
+    are written back. Results are those of `PagedAdamW`, to the bit. It takes what `PagedAdamW`
+    takes; `prefetch` sends for the next page early, if there are two frames or more.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000))
     >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)

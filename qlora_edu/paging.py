@@ -1,15 +1,9 @@
 """Chapter 7: an optimizer whose states do not fit, and pass through a small window page by page.
 
-AdamW remembers two numbers for every parameter, and reads them once per step. They may live where
-there is room (the *host tier*: pinned memory beside a GPU, a file beside a CPU) and visit the fast
-memory (the *device tier*) when their turn comes. They are cut into *pages*; the device tier has
-room for a few, its *frames*; a *page table* says which page is in which frame. A page that is not
-there is a *fault*: it is copied in. If no frame is free, the page used least recently is written
-back and makes room.
-
-AdamW treats every element alone, so the pages change nothing: the parameters are those of
-`torch.optim.AdamW`, to the bit. bitsandbytes leaves all of this to the CUDA driver. `kernels.py`
-has the fast twin, which fetches the next page while the current one is computed.
+AdamW's states wait where there is room, in the *host tier*, cut into *pages*. The *device tier* has
+room for a few, its *frames*; a *page table* says which page is in which. A page that is not there
+is a *fault*: it is copied in, and the page used least recently is written back to make room. AdamW
+treats every element alone, so the parameters are those of `torch.optim.AdamW`, to the bit.
 """
 
 import os
@@ -44,12 +38,8 @@ def adamw_update(
 ) -> None:
     """One step of AdamW, in place, on any slice of a parameter and of its two states.
 
-    Beside its arguments the update needs one scratch tensor of their shape, half a page.
-
-    Args:
-        parameter, gradient, exp_avg, exp_avg_sq: of one shape and dtype.
-        step: counts from 1.
-        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`.
+    All four tensors have one shape and dtype; `step` counts from 1. The update needs one scratch
+    tensor of their shape, half a page.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the operations of
     `torch.optim.AdamW(foreach=False)`, so that rounding is the same.
@@ -70,14 +60,11 @@ def adamw_update(
 
 
 class Access(NamedTuple):
-    """What `PageTable.access` found, or did."""
+    """Where a page is now, whether it had to be fetched, and which page had to leave the frame."""
 
     frame: int
-    """Where the page is now."""
     fault: bool
-    """Whether it was not there before."""
     evicted: int | None
-    """The page that had to leave the frame."""
 
 
 class PageTable:
@@ -86,12 +73,8 @@ class PageTable:
     >>> table = PageTable(frames=4)
     >>> [table.access(page).frame for page in (0, 1, 2, 3)]
     [0, 1, 2, 3]
-    >>> table.access(0)
-    Access(frame=0, fault=False, evicted=None)
-    >>> table.access(4)  # page 1 has waited longest
-    Access(frame=1, fault=True, evicted=1)
-    >>> table.resident, table.hits, table.faults
-    ([2, 3, 0, 4], 1, 5)
+    >>> table.access(4)  # page 0 has waited longest
+    Access(frame=0, fault=True, evicted=0)
     """
 
     def __init__(self, frames: int) -> None:
@@ -128,12 +111,10 @@ class PageTable:
 
 
 class Page(NamedTuple):
-    """Some consecutive elements of one parameter's states."""
+    """Columns of a flattened parameter; `host` is their states in the host tier, `[2, n]`."""
 
     columns: slice
-    """Which elements of the flattened parameter."""
     host: Tensor
-    """`[2, elements]` in the host tier: `exp_avg` and `exp_avg_sq`."""
 
 
 def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
@@ -142,9 +123,8 @@ def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
     Raises:
         PagingError: a page has no room for one element's two states.
 
-    >>> pages = cut_into_pages(torch.zeros(2, 5), page_bytes=16)  # two float32 of each state
-    >>> [(page.columns.start, page.columns.stop) for page in pages]
-    [(0, 2), (2, 4), (4, 5)]
+    >>> [page.columns for page in cut_into_pages(torch.zeros(2, 3), page_bytes=16)]
+    [slice(0, 2, None), slice(2, 3, None)]
     """
     elements, size = host_states.shape[1], 2 * host_states.element_size()
     width = page_bytes // size
@@ -160,15 +140,15 @@ class PagedAdamW(HostTierAdamW):
 
     The host tier is pinned memory for CUDA parameters, and a nameless temporary file for those of a
     CPU. Besides the frames, a step takes scratch of half a page, and a copy of a parameter or
-    gradient that is not contiguous while its turn lasts. Parameters and states equal those of
-    `torch.optim.AdamW(foreach=False)`, but for what torch itself does not keep between the body and
-    the tail of a tensor: the payload of a NaN, and for β₁ = 0 the sign of a zero in `exp_avg`.
+    gradient that is not contiguous. Results equal `torch.optim.AdamW(foreach=False)`, but for what
+    torch itself does not keep between the body and the tail of a tensor: the payload of a NaN, and
+    for β₁ = 0 the sign of a zero in `exp_avg`.
 
     Args:
         params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; all parameters on one
             device, trained, and in float32, bfloat16, float16 or float64.
         budget_bytes: of the device tier, which has `budget_bytes // page_bytes` frames.
-        page_bytes: what is moved at a time: both states of up to `page_bytes / 2` bytes.
+        page_bytes: moved at a time: both states of up to `page_bytes / 2` bytes of a parameter.
         folder: where the file goes; by default where `tempfile` puts files.
 
     Raises:
@@ -181,10 +161,8 @@ class PagedAdamW(HostTierAdamW):
     >>> optimizer = PagedAdamW([weight], budget_bytes=4096, page_bytes=2048)
     >>> weight.grad = torch.ones(1000)
     >>> optimizer.step()
-    >>> optimizer.host_bytes, optimizer.device_bytes, len(optimizer.pages)
+    >>> optimizer.host_bytes, optimizer.device_bytes, optimizer.table.faults
     (8000, 4096, 4)
-    >>> optimizer.table.faults, optimizer.table.resident
-    (4, [2, 3])
     """
 
     def __init__(
@@ -225,7 +203,7 @@ class PagedAdamW(HostTierAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, page by page.
+        """Update every parameter that has a gradient, page by page; return what `closure` returns.
 
         Raises:
             PagingError: for a sparse gradient and the like, before anything is changed.

@@ -1,11 +1,8 @@
 """Chapter 8. The training loop in full view, and what it achieved.
 
-`train` is all that fine-tuning is: forward, loss, backward, step. With the layers of chapter 5 and
-the adapters of chapter 4 in PEFT's names, both stacks can start from the same point. Given the same
-batches, their loss curves are the same curve (a test holds them to it): there is nothing in the
-production stack that was not derived in this course.
-
-The measures are the held-out loss in nats per token, greedy answers, and their exact match.
+`train` is all that fine-tuning is: forward, loss, backward, step. From the same point and given the
+same batches, the stack of this course and the production stack draw the same loss curve (a test
+holds them to it). The measures are the held-out loss in nats per token, and greedy answers.
 """
 
 import math
@@ -23,6 +20,8 @@ from qlora_edu.text.conversations import IGNORED, Message, encode_prompt, pad, r
 
 Batch = Mapping[str, Tensor]
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+# A base may bring sampling settings, which greedy must not heed.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
@@ -46,10 +45,8 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
 def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
     """Cross-entropy, in nats, of each answer token given everything before it.
 
-    Args:
-        model: takes `input_ids` and `attention_mask`, returns an object with `.logits`.
-        batch: of `collate`.
-        reduction: "mean" over the answer tokens, "sum", or "none".
+    `model` takes `input_ids` and `attention_mask` and returns an object with `.logits`; `reduction`
+    is "mean" over the answer tokens, "sum", or "none".
     """
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -77,18 +74,9 @@ def row_order(
     """Which row is read when: `wanted` indices into `rows`, shuffled anew for every pass.
 
     The whole order is settled before the first step, so that a run that was interrupted, or that is
-    spread over several processes, reads the same rows.
-
-    Args:
-        rows: how many there are.
-        wanted: how many are read, over all passes.
-        seed: of the shuffling.
-        lengths: of the rows; if given, rows of like length come together, which saves padding:
-            stretches of `50 * group` rows are sorted, the longest first.
-        group: rows per step.
-
-    Raises:
-        TrainingError: there are no rows.
+    spread over several processes, reads the same rows. With `lengths` rows of like length come
+    together, which saves padding: stretches of `50 * group` rows are sorted, the longest first;
+    `group` is the rows per step.
 
     >>> row_order(3, 7, seed=0)
     [2, 0, 1, 2, 1, 0, 1]
@@ -115,9 +103,8 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of step 0, 1, 2 … as `transformers.get_scheduler` would set it.
 
-    Args:
-        lr_scheduler_type: "constant", "constant_with_warmup", "linear" or "cosine". All but the
-            first rise from 0 over `warmup_steps`; the last two then fall to 0 at `total_steps`.
+    All schedules but "constant" rise from 0 over `warmup_steps`; "linear" and "cosine" then fall to
+    0 at `total_steps`.
 
     Raises:
         TrainingError: another schedule, a negative warm-up, or a step after the last.
@@ -146,18 +133,15 @@ def check_schedule(step: int, lr_scheduler_type: str, warmup_steps: int, total_s
         raise TrainingError(f"warmup_steps must be 0 or more, not {warmup_steps}")
     if lr_scheduler_type in ("linear", "cosine") and not step <= total_steps > 0:
         raise TrainingError(
-            f"a {lr_scheduler_type} schedule ends at total_steps={total_steps}, and step {step} is "
-            "asked for: pass the number of all steps"
+            f"a {lr_scheduler_type} schedule ends at {total_steps=}, and step {step} is asked for: "
+            "pass the number of all steps"
         )
 
 
 def accumulate(model: nn.Module, parts: Sequence[Batch], tokens: int) -> float:
-    """Add the gradients of the mean loss over all `tokens` answer tokens of some batches.
+    """Add the gradients of the mean loss over `tokens` answer tokens; return that loss, in nats.
 
     So four batches of 2 rows give the gradient of one batch of 8; a mean of their means would not.
-
-    Returns:
-        That loss, in nats per token.
     """
     total = 0.0
     for part in parts:
@@ -175,19 +159,13 @@ def train(
     max_grad_norm: float = 0.3,
     **schedule: Any,
 ) -> list[float]:
-    """Take one AdamW step for every `gradient_accumulation_steps` batches.
+    """Take one AdamW step per `gradient_accumulation_steps` batches; return the loss before each.
 
     Args:
         model: only its parameters that require a gradient are trained.
         batches: of `collate`.
-        lr: the highest learning rate.
-        gradient_accumulation_steps: batches per step.
+        lr: the highest learning rate; `schedule` goes to `learning_rate_at`.
         max_grad_norm: longer gradients are shortened to this.
-        **schedule: `lr_scheduler_type`, `warmup_steps` and `total_steps`, as for
-            `learning_rate_at`.
-
-    Returns:
-        The loss before each step, in nats per token.
 
     Raises:
         TrainingError: nothing is trainable, a step has no answer token, the loss stops being
@@ -229,11 +207,7 @@ def check_training(
 def held_out_loss(
     model: nn.Module, encoded: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 32
 ) -> float:
-    """Mean loss over all answer tokens of `encoded`, in nats per token.
-
-    Raises:
-        TrainingError: there is no answer token, or `batch_size` is no count.
-    """
+    """Mean loss over all answer tokens of `encoded`, in nats per token."""
     require_counts(TrainingError, batch_size=batch_size)
     rows = sorted(encoded, key=lambda row: len(row["input_ids"]))
     total, tokens = 0.0, 0
@@ -257,11 +231,8 @@ def generate_answers(
 ) -> list[str]:
     """Answer each conversation greedily, in the order given; stops at the end token.
 
-    Prompts are padded on the left, so that every answer begins right after its question, and an
-    answer is the same alone and in a batch (up to ties within float rounding).
-
-    Raises:
-        TrainingError: `max_new_tokens` or `batch_size` is no count.
+    Prompts are padded on the left, so that every answer begins right after its question, and is the
+    same alone and in a batch (up to ties within float rounding).
     """
     require_counts(TrainingError, max_new_tokens=max_new_tokens, batch_size=batch_size)
     encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
@@ -271,18 +242,14 @@ def generate_answers(
         chosen = order[start : start + batch_size]
         ids = pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
         mask = pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
+        prompt = {"input_ids": ids, "attention_mask": mask}
         with evaluating(model):
             out = model.generate(
-                input_ids=ids.to(device_of(model)),
-                attention_mask=mask.to(device_of(model)),
+                **{name: tensor.to(device_of(model)) for name, tensor in prompt.items()},
+                **GREEDY,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,  # a base may bring sampling settings, which greedy must not heed
-                top_p=None,
-                top_k=None,
             )
         for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             answer = new[: new.index(end)] if end in new else new
@@ -293,31 +260,19 @@ def generate_answers(
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of predictions that equal their reference, spaces at the ends aside.
 
-    Raises:
-        TrainingError: if there are none, or not as many of one as of the other.
-
     >>> exact_match(["Mara", " a red lamp"], ["Mara", "a blue lamp"])
     0.5
     """
     if not predictions or len(predictions) != len(references):
-        raise TrainingError(
-            f"{len(predictions)} predictions for {len(references)} references; need one for each"
-        )
+        found = f"{len(predictions)} predictions for {len(references)} references"
+        raise TrainingError(f"{found}; need one for each")
     pairs = zip(predictions, references, strict=True)
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on if it was on.
-
-    >>> layer = nn.Dropout()
-    >>> with evaluating(layer):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
+    """Switch dropout off, and back on if it was on."""
     was_training = model.training
     model.eval()
     try:

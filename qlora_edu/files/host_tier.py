@@ -1,8 +1,8 @@
 """Where the pages of chapter 7 wait, what copies them, and what can wait there at all.
 
 The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The copiers move
-pages while something else is computed: on a worker thread, or on a CUDA stream of their own. The
-checks refuse, before anything has changed, what a paged AdamW would have to ignore.
+pages while something else is computed. The checks refuse, before anything has changed, what a paged
+AdamW would have to ignore.
 """
 
 import mmap
@@ -39,22 +39,17 @@ class HostTierError(OSError, PagingError):
 def reserve_states(
     parameters: list[Tensor], folder: str | os.PathLike | None
 ) -> dict[Tensor, Tensor]:
-    """Make room in the host tier for both states of every parameter.
+    """Zeros in the host tier, `[2, n]`, for both states of every parameter of `n` elements.
 
-    Args:
-        parameters: all on one device, which decides between pinned memory and a file.
-        folder: where the file goes; by default where `tempfile` puts files.
-
-    Returns:
-        For each parameter of `n` elements zeros, `[2, n]` in its dtype.
+    All parameters are on one device, which decides between pinned memory and a file in `folder`.
 
     Raises:
         HostTierError: there is no room, or no such folder.
 
-    >>> weight = torch.ones(2, 3)
+    >>> weight = torch.ones(2, 1)
     >>> reserve_states([weight], folder=None)[weight]
-    tensor([[0., 0., 0., 0., 0., 0.],
-            [0., 0., 0., 0., 0., 0.]])
+    tensor([[0., 0.],
+            [0., 0.]])
     """
     if not parameters:
         return {}
@@ -70,8 +65,7 @@ def _pinned_memory(nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
         raise HostTierError(
-            f"cannot pin {nbytes:,} bytes of memory for optimizer states ({error}): free some, or "
-            "train fewer parameters"
+            f"cannot pin {nbytes:,} bytes for optimizer states ({error}): free some memory"
         ) from error
 
 
@@ -111,8 +105,7 @@ def _fill(file: Any, nbytes: int) -> None:
 class HostTierAdamW(torch.optim.AdamW):
     """What `torch.optim.AdamW` is to the outside, with its states in the host tier.
 
-    It reserves the states of each group, gives them out as torch does, and takes them back. A
-    subclass says how a step brings them to the device, and what it needs for that (`_admit`);
+    A subclass says how a step brings them to the device, and what it needs for that (`_admit`);
     `flush` writes back what is on the device, and `_forget_frames` drops it.
     """
 
@@ -136,12 +129,7 @@ class HostTierAdamW(torch.optim.AdamW):
         return sum(states.nbytes for states in self._host_states.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, and reserve its host tier; on an error, change nothing.
-
-        Raises:
-            PagingError: the group cannot be paged.
-            HostTierError: there is no room for its states.
-        """
+        """Add a group as torch does, and reserve its host tier; on an error, change nothing."""
         super().add_param_group(dict(param_group))
         try:
             check_options(self.param_groups[-1])
@@ -158,17 +146,16 @@ class HostTierAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """The states as `torch.optim.AdamW` gives them, copied into ordinary host memory."""
         self.flush()
-        held = self.state
+        held, whole = self.state, {}
+        for parameter in (p for p, state in held.items() if state):
+            rows = zip(STATES, self._host_states[parameter], strict=True)
+            copies = {name: row.view(parameter.shape).clone() for name, row in rows}
+            whole[parameter] = {"step": held[parameter]["step"].clone(), **copies}
         try:
-            self.state = {p: self._whole_state(p) for p, state in held.items() if state}
+            self.state = whole
             return super().state_dict()
         finally:
             self.state = held
-
-    def _whole_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        rows = zip(STATES, self._host_states[parameter], strict=True)
-        copies = {name: row.view(parameter.shape).clone() for name, row in rows}
-        return {"step": self.state[parameter]["step"].clone(), **copies}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,23 +175,13 @@ class HostTierAdamW(torch.optim.AdamW):
                 continue
             for name, row in zip(STATES, states, strict=True):
                 row.copy_(state[name].reshape(-1))
-            step = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-            steps[key] = {"step": step}
+            steps[key] = {
+                "step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
+            }
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
-    def register_load_state_dict_pre_hook(self, *_: Any, **__: Any) -> None:
-        """Refused: such a hook would not see the states, which are never in one place.
-
-        Raises:
-            PagingError: always.
-        """
-        raise PagingError("change the state dict before you give it to load_state_dict")
-
     def __getstate__(self) -> None:
-        raise PagingError(
-            "a PagedAdamW cannot be pickled or copied: its states are in a file of its own. Make "
-            "another, and give it state_dict() with load_state_dict()"
-        )
+        raise PagingError("a PagedAdamW cannot be copied: make another, and give it state_dict()")
 
 
 # What copies them while something else is computed
@@ -295,25 +272,21 @@ def check_options(group: dict[str, Any]) -> None:
 
 def check_parameters(parameters: list[Tensor], device: torch.device | None) -> None:
     """Refuse parameters that cannot be paged; `device` is that of earlier groups."""
-    for i, parameter in enumerate(parameters):
-        device = device or parameter.device
-        _check_parameter(parameter, f"parameter {i} of the group", device)
     if len(set(parameters)) < len(parameters):
         raise PagingError("a parameter is in the group twice: pass each once")
-
-
-def _check_parameter(parameter: Tensor, name: str, device: torch.device) -> None:
-    if parameter.device != device:
-        why = f"on {parameter.device}, others on {device}: make one optimizer per device"
-    elif device.type not in ("cpu", "cuda"):
-        why = f"on {device}, which has no host tier here: only cpu and cuda have one"
-    elif parameter.dtype not in DTYPES or parameter.layout != torch.strided:
-        why = f"{parameter.dtype}, {parameter.layout}: AdamW trains dense floating-point numbers"
-    elif not parameter.requires_grad:
-        why = "frozen: pass [p for p in model.parameters() if p.requires_grad]"
-    else:
-        return
-    raise PagingError(f"{name}, of shape {tuple(parameter.shape)}, is {why}")
+    for i, parameter in enumerate(parameters):
+        device = device or parameter.device
+        if parameter.device != device:
+            why = f"on {parameter.device}, others on {device}: make one optimizer per device"
+        elif device.type not in ("cpu", "cuda"):
+            why = f"on {device}, which has no host tier here: only cpu and cuda have one"
+        elif parameter.dtype not in DTYPES or parameter.layout != torch.strided:
+            why = f"{parameter.dtype}, {parameter.layout}: AdamW trains dense floats"
+        elif not parameter.requires_grad:
+            why = "frozen: pass [p for p in model.parameters() if p.requires_grad]"
+        else:
+            continue
+        raise PagingError(f"parameter {i} of the group, {tuple(parameter.shape)}, is {why}")
 
 
 def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> None:
@@ -323,55 +296,44 @@ def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> N
     wanted = (states.dtype, states.shape[1], device, states.dtype)
     if found != wanted or gradient.layout != torch.strided:
         raise PagingError(
-            f"a parameter {tuple(parameter.shape)} is {parameter.dtype} on {parameter.device}, "
-            f"with a gradient of {gradient.dtype}, {gradient.layout}; its states are "
-            f"{states.dtype} [2, {states.shape[1]}] for {device}. Convert a model before you "
-            "make its optimizer, and keep gradients dense (an embedding's: sparse=False)"
+            f"a parameter {tuple(parameter.shape)} is {parameter.dtype} on {parameter.device}, its "
+            f"gradient {gradient.dtype}, {gradient.layout}, its states {states.dtype} on {device}: "
+            "convert a model before you make its optimizer, and keep gradients dense"
         )
 
 
 def match_state_dict(
     state_dict: dict[str, Any], own_groups: Iterable[dict[str, Any]]
 ) -> dict[Any, Tensor]:
-    """Find the parameter of every key of a state dict, and check all that there is to check.
-
-    Raises:
-        PagingError: groups, states, shapes or options do not fit.
-    """
-    groups, states = state_dict["param_groups"], state_dict["state"]
-    parameters = [group["params"] for group in own_groups]
-    sizes, own_sizes = [len(group["params"]) for group in groups], [len(p) for p in parameters]
+    """The parameter of every key of a state dict that fits these groups; else a `PagingError`."""
+    groups = state_dict["param_groups"]
+    saved, own = ([group["params"] for group in each] for each in (groups, own_groups))
+    sizes, own_sizes = ([len(params) for params in each] for each in (saved, own))
     if sizes != own_sizes:
         raise PagingError(
             f"the state dict has groups of {sizes} parameters, the optimizer of {own_sizes}: make "
             "the optimizer with the groups that were saved"
         )
     for number, group in enumerate(groups):
-        lost = [name for name in OPTIONS if name not in group]
-        if lost:
+        if lost := [name for name in OPTIONS if name not in group]:
             raise PagingError(f"group {number} of the state dict has no {lost}: is it AdamW's?")
         check_options(group)
-    keys = [key for group in groups for key in group["params"]]
-    parameter_of = dict(zip(keys, (p for own in parameters for p in own), strict=True))
-    for key, state in states.items():
+    parameter_of = dict(zip(sum(saved, []), sum(own, []), strict=True))
+    for key, state in state_dict["state"].items():
         if key not in parameter_of:
             raise PagingError(f"the state dict has a state {key!r} of no parameter: is it damaged?")
         if state:
-            _check_state(state, f"parameter {key}", parameter_of[key])
+            _check_state(state, f"parameter {key}", tuple(parameter_of[key].shape))
     return parameter_of
 
 
-def _check_state(state: dict[str, Any], name: str, parameter: Tensor) -> None:
+def _check_state(state: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
     if set(state) != {"step", *STATES}:
-        raise PagingError(
-            f"the state of {name} has {sorted(state)}; AdamW's is step, exp_avg and exp_avg_sq"
-        )
-    wanted = [("step", torch.Size()), *((key, parameter.shape) for key in STATES)]
-    for key, shape in wanted:
-        value = torch.tensor(state[key]) if isinstance(state[key], Real) else state[key]
-        if not isinstance(value, Tensor) or value.shape != shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise PagingError(f"{name} has {sorted(state)}; AdamW's are step, exp_avg and exp_avg_sq")
+    for key, wanted in (("step", ()), *((key, shape) for key in STATES)):
+        value = state[key]
+        found = tuple(value.shape) if isinstance(value, Tensor) else value
+        if found != wanted and not (key == "step" and isinstance(value, Real)):
             raise PagingError(
-                f"{key} of {name} is {found} in the state dict, but should have the shape "
-                f"{tuple(shape)}: is it from another model?"
+                f"{key} of {name} is {found} in the state dict, but should have the shape {wanted}"
             )

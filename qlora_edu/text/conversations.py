@@ -1,18 +1,14 @@
 """Conversations in, token ids and labels out. Support for chapters 8 to 10.
 
-A language model is fine-tuned on conversations, but it should only learn to write the *answers*.
-So each conversation becomes two rows of the same length: `input_ids`, which the model reads, and
-`labels`, which hold -100 (ignored by the loss) on everything but the assistant's turns. The token
-that ends an answer is part of the answer: a model that is never taught to stop does not stop.
-
-What somebody says is text and never control: a user who types the end token has typed its letters.
-Data go wrong in quiet ways, so nothing is skipped without being counted and said, and every error
-names the file and the line.
+A model is fine-tuned on conversations, but should only learn to write the *answers*: labels are
+-100 on everything else. The token that ends an answer is part of it: a model that is never taught
+to stop does not stop. What somebody says is text, never control. Nothing is skipped without a word.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -64,12 +60,7 @@ def pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tens
 
 
 def require_counts(error: type[QloraError], **counts: Any) -> None:
-    """Raise `error` for a setting that is no whole number of at least 1.
-
-    >>> require_counts(DataError, max_length=0)
-    Traceback (most recent call last):
-    qlora_edu.errors.DataError: max_length must be a whole number of at least 1, not 0
-    """
+    """Raise `error` for a setting that is no whole number of at least 1."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise error(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -78,19 +69,13 @@ def require_counts(error: type[QloraError], **counts: Any) -> None:
 def read_conversations(source: str | Path, split: str = "train") -> list[Conversation]:
     """Read and check every conversation of a JSONL file, a folder of them, or a Hub data set.
 
-    A row holds `messages` (a list of `{"role", "content"}`) or `text` in the layout of
-    OASST1-Guanaco (`### Human: … ### Assistant: …`); the whole row is kept as `.row` of each
-    conversation. Blank lines are passed over. Rows with an empty answer are left out, and turns
-    after the last answer are dropped; both are counted and printed with file and line.
-
-    Args:
-        source: a JSONL file, a folder, which is read at `{split}.jsonl`, or a data set of the Hub.
-        split: of a folder or of a data set.
+    A folder is read at `{split}.jsonl`. A row holds `messages` (a list of `{"role", "content"}`) or
+    `text` in the layout of OASST1-Guanaco (`### Human: … ### Assistant: …`). Rows with an empty
+    answer are left out, and turns after the last answer are dropped; both are counted and printed
+    with file and line.
 
     Raises:
-        DataError: for a missing or empty file, bad UTF-8, a malformed line, a missing or null
-            field, an unknown role, a conversation without an answer, or a Hub data set that
-            cannot be loaded.
+        DataError: the source cannot be read, or a row of it is no conversation with an answer.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -124,24 +109,18 @@ def read_conversations(source: str | Path, split: str = "train") -> list[Convers
     return conversations
 
 
-def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], max_length: int | None = None
-) -> dict[str, list[int]]:
+def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[int]]:
     """Token ids of a conversation, and labels which are -100 outside the assistant's answers.
 
     The tokenizer's own chat template writes the text. An answer's labels run up to and including
-    the end token. Both lists have the same length, at most `max_length` (the end is cut off).
+    the end token.
 
     Raises:
-        DataError: if the tokenizer has no chat template, or one that refuses the conversation, or
-            one from which the answers cannot be told apart: it must end each answer with the end
-            token, write earlier turns the same way whatever follows, and keep prompt and answer in
-            separate tokens.
+        DataError: the tokenizer has no chat template, or one that refuses the conversation or hides
+            its answers: it must end each with the end token, write earlier turns the same way
+            whatever follows, and keep prompt and answer in separate tokens.
     """
-    if max_length is not None:
-        require_counts(DataError, max_length=max_length)
-    where = getattr(messages, "where", "this conversation")
-    messages = list(messages)
+    where, messages = getattr(messages, "where", "this conversation"), list(messages)
     ids = _apply_template(tokenizer, messages, where)
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
@@ -153,7 +132,7 @@ def encode_conversation(
         if ids[: len(prompt)] != prompt or ids[: len(until)] != until:
             raise DataError(
                 f"{where}: the chat template does not write turn {i + 1} the same way in training "
-                "and when asked for an answer; use another (chat_template='guanaco' is safe)"
+                "and when asked for an answer; use another, such as chat_template='guanaco'"
             )
         answer = until[len(prompt) :]
         if tokenizer.eos_token_id not in answer:
@@ -164,27 +143,18 @@ def encode_conversation(
         # What a template writes after the end token (often a newline) is never asked of the model.
         stop = len(until) - answer[::-1].index(tokenizer.eos_token_id)
         labels[len(prompt) : stop] = ids[len(prompt) : stop]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    return {"input_ids": ids, "labels": labels}
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation that waits for the assistant's next answer.
+    """Token ids of a conversation that waits for the assistant's next answer."""
+    return encode_messages(tokenizer, messages, add_generation_prompt=True)
 
-    Raises:
-        DataError: if the tokenizer has no chat template, or one that refuses the conversation.
-    """
+
+def encode_messages(tokenizer: Any, messages: Sequence[Message], **options: bool) -> list[int]:
+    """Token ids of a whole conversation, without labels."""
     where = getattr(messages, "where", "this conversation")
-    return _apply_template(tokenizer, list(messages), where, add_generation_prompt=True)
-
-
-def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a whole conversation, without labels.
-
-    Raises:
-        DataError: see `encode_prompt`.
-    """
-    where = getattr(messages, "where", "this conversation")
-    return _apply_template(tokenizer, list(messages), where)
+    return _apply_template(tokenizer, list(messages), where, **options)
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
@@ -214,9 +184,6 @@ def encode_conversations(
 
     A row whose answers are cut away entirely is left out: nothing in it can be learned. A row cut
     inside an answer stays, without the end token that it no longer reaches.
-
-    Raises:
-        DataError: if no row is left; see also `encode_conversation`.
     """
     encoded, shortened, lost = [], [], []
     require_counts(DataError, max_length=max_length)
@@ -244,8 +211,8 @@ def _apply_template(
 
     if not tokenizer.chat_template:
         raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, as is usual for a "
-            "base model; set chat_template='guanaco' for the paper's layout"
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, as base models "
+            "often; set chat_template='guanaco' for the paper's layout"
         )
     if not messages:
         raise DataError(f"{where}: the conversation begins with an answer; put its question before")
@@ -255,16 +222,14 @@ def _apply_template(
     typed = [token for token in _special_tokens(tokenizer) if token in said]
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
     pattern = re.compile("|".join(map(re.escape, typed)) or "(?!)")  # nothing typed, no match
-    marked = [
-        {**m, "content": pattern.sub(lambda t: f"{mark}{typed.index(t[0])}{mark}", m["content"])}
-        for m in messages
-    ]
+    marks = partial(pattern.sub, lambda token: f"{mark}{typed.index(token[0])}{mark}")
+    marked = [{**message, "content": marks(message["content"])} for message in messages]
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, **options)
     except TemplateError as error:
         raise DataError(
             f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
-            "use another template (chat_template='guanaco' takes any)"
+            "use chat_template='guanaco', which takes any"
         ) from error
     # Whoever asks says what is too long; the tokenizer would warn of it besides.
     plain = {"add_special_tokens": False, "verbose": False}
@@ -284,50 +249,25 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place, as `file:line`, and the object of every line that is not blank.
-
-    Raises:
-        DataError: the file is missing, empty or no JSONL; the message says what to do.
-    """
+    """Yield the place, as `file:line`, and the object of every line that is not blank."""
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a JSONL file or the name of a Hub data set")
-    _check_format(path)
+    if not path.read_bytes().strip():
+        raise DataError(f"{path} is empty; expected one JSON object per line")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
+            if not line.strip():
+                continue
             try:
-                text = line.decode("utf-8").strip()
-                row = json.loads(text) if text else {}
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))  # some editors put a mark before it
+            except ValueError as error:
                 raise DataError(
-                    f"{where}: not a line of JSON ({error}); write one object per line"
+                    f"{where}: not a line of JSON in UTF-8 ({error}); write one object per line"
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-            if text:
-                yield where, row
-
-
-def _check_format(path: Path) -> None:
-    """Refuse a file that is no JSONL from its first line on, and say how to make it one."""
-    content = path.read_bytes()
-    if not content.strip():
-        raise DataError(f"{path} is empty; expected one JSON object per line")
-    for start, what, remedy in (
-        (b"\x1f\x8b", "compressed with gzip", "unpack it first (gunzip)"),
-        (b"PK\x03\x04", "a zip archive", "unpack it first (unzip)"),
-        (b"PAR1", "a Parquet file", "write it as JSONL first (pandas: to_json(lines=True))"),
-        (b"\xef\xbb\xbf", "marked with a byte order mark", "save it as UTF-8 without BOM"),
-    ):
-        if content.startswith(start):
-            raise DataError(f"{path} is {what}; {remedy}")
-    if content.lstrip().startswith(b"["):
-        raise DataError(
-            f"{path} is a JSON array; write one object per line instead (jq -c '.[]' {path.name}, "
-            "or json.dumps of each row)"
-        )
+            yield where, row
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -337,43 +277,37 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise DataError(
-            f"cannot load the data set {name!r}, split {split!r}: it is no local file, and the Hub "
-            f"did not give it ({type(error).__name__}: {error}). Check the name and the network, "
-            "or download it elsewhere as JSONL and give that file's path"
+            f"{name!r}, split {split!r}, is no local file, and the Hub did not give it ({error}): "
+            "check name and network, or download it elsewhere as JSONL and give that file's path"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}[{split}]:{number}", row
 
 
 def _messages(row: dict[str, Any], where: str) -> list[Message]:
-    field = "messages" if "messages" in row else "text"
-    if field not in row:
-        raise DataError(f"{where}: needs 'messages' or 'text', found only {sorted(row)}")
-    expected = list if field == "messages" else str
-    value = _checked(row, field, expected, where)
-    if field == "text":
-        return _split_guanaco(value, where)
-    for number, turn in enumerate(value):
+    if "messages" not in row:
+        if "text" not in row:
+            raise DataError(f"{where}: needs 'messages' or 'text', found only {sorted(row)}")
+        return _split_guanaco(_checked(row, "text", str, where), where)
+    turns = _checked(row, "messages", list, where)
+    for number, turn in enumerate(turns):
         place = f"{where}: messages[{number}]"
         if not isinstance(turn, dict):
             raise DataError(f"{place} must be an object with role and content, not {turn!r}")
         _checked(turn, "content", str, place)
         if _checked(turn, "role", str, place) not in ROLES:
-            raise DataError(
-                f"{place}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}"
-            )
-    return [Message(role=turn["role"], content=turn["content"]) for turn in value]
+            raise DataError(f"{place}: unknown role {turn['role']!r}; use {', '.join(ROLES)}")
+    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
 
 
 def _checked(row: dict, field: str, expected: type, where: str) -> Any:
-    if field not in row:
-        raise DataError(f"{where}: the field {field!r} is missing")
-    if row[field] is None:
-        raise DataError(f"{where}: the field {field!r} is null")
-    if not isinstance(row[field], expected):
-        found = type(row[field]).__name__
-        raise DataError(f"{where}: the field {field!r} must be a {expected.__name__}, not {found}")
-    return row[field]
+    if not isinstance(value := row.get(field), expected):
+        found = "null" if value is None else type(value).__name__
+        found = found if field in row else "missing"
+        raise DataError(
+            f"{where}: the field {field!r} is {found}; it must be a {expected.__name__}"
+        )
+    return value
 
 
 def _split_guanaco(text: str, where: str) -> list[Message]:
@@ -381,10 +315,8 @@ def _split_guanaco(text: str, where: str) -> list[Message]:
     if before.strip() or not pieces:
         raise DataError(f"{where}: 'text' must begin with '### Human:', not {text[:30]!r}")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        Message(role=roles[speaker], content=content.strip())
-        for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [Message(role=roles[speaker], content=said.strip()) for speaker, said in turns]
 
 
 def _warn(places: list[str], what: str) -> None:

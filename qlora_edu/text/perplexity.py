@@ -1,9 +1,8 @@
 """How surprised is a model, and how much more when rounded? Support for chapters 2, 3, 8 and 10.
 
-Weight error is a cheap judge of a number format; the model's own surprise at text is the court of
-appeal. Perplexity is the exponential of the mean loss per token: a model of perplexity 8 hesitates,
-on average, as between 8 equally likely tokens. Differences between formats are small, so losses
-come back document by document: two formats that read the same documents can be compared in pairs.
+Perplexity is the exponential of the mean loss per token: a model of perplexity 8 hesitates, on
+average, as between 8 equally likely tokens. Differences between formats are small, so losses come
+back document by document: two formats that read the same documents can be compared in pairs.
 """
 
 import math
@@ -29,12 +28,10 @@ from qlora_edu.text.conversations import (
 
 
 class Surprise(NamedTuple):
-    """Loss of each document, in nats, summed over its tokens; and how many tokens that are."""
+    """Loss of each document in nats, summed (float64), and its tokens (int64): `[documents]`."""
 
     nats: Tensor
-    """float64 `[documents]`."""
     tokens: Tensor
-    """int64 `[documents]`."""
 
     @property
     def loss(self) -> float:
@@ -55,14 +52,7 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
     """Read a JSONL file of `{"text": ...}` or chat `{"messages": [...]}` as token ids.
 
     A text gets the begin and the end token around it, as far as the tokenizer has them; chat goes
-    through the tokenizer's template.
-
-    Args:
-        path: of the file.
-        max_length: tokens at which each document is cut.
-
-    Returns:
-        The token ids of each document.
+    through the tokenizer's template. Each document is cut at `max_length` tokens.
 
     Raises:
         DataError: the file or a line of it cannot be used; the message names the line.
@@ -88,13 +78,8 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
 def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) -> Surprise:
     """The loss of a causal language model on every document, in the order given.
 
-    Args:
-        model: takes `input_ids` `[batch, tokens]`, returns an object with `.logits`.
-        rows: token ids of each document, at least two: the first is only read.
-        batch_size: documents at a time.
-
-    Raises:
-        DataError: a document is too short, or `batch_size` is no count.
+    `model` takes `input_ids`, `[batch, tokens]`, and returns an object with `.logits`; `rows` are
+    the token ids of each document, at least two: the first is only read.
     """
     require_counts(DataError, batch_size=batch_size)
     short = [number for number, row in enumerate(rows) if len(row) < 2]
@@ -130,17 +115,9 @@ def rounded_weights(
 
     Raises:
         KeyError: for a name that is no parameter of the model; nothing is changed then.
-
-    >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False))
-    >>> with rounded_weights(layer, torch.zeros_like):
-    ...     layer(torch.ones(1, 2)).item()
-    0.0
-    >>> bool(layer[0].weight.any())
-    True
     """
-    if names is None:
-        names = linear_weights(model)
     parameters = dict(model.named_parameters())
+    names = linear_weights(model) if names is None else names
     chosen = {name: parameters[name] for name in names}
     before = {name: parameter.data for name, parameter in chosen.items()}
     try:
@@ -153,9 +130,5 @@ def rounded_weights(
 
 
 def linear_weights(model: nn.Module) -> list[str]:
-    """Name the weights that bitsandbytes quantises: of every `nn.Linear` but the output head.
-
-    >>> linear_weights(nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2)))
-    ['1.weight']
-    """
+    """Name the weights that bitsandbytes quantises: of every `nn.Linear` but the output head."""
     return [f"{name}.weight" for name in find_linear_layers(model)]

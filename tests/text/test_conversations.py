@@ -51,7 +51,7 @@ def labelled(tokenizer, row) -> str:
 
 def test_messages_rows_are_read_with_their_place(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text(f"{GOOD}\n\n{GOOD}\n")
+    path.write_text(f"\ufeff{GOOD}\n\n{GOOD}\n")  # a byte order mark is no part of the row
     rows = read_conversations(path)
     assert rows == [talk("Who?", "Ida")] * 2
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]  # blank lines still count
@@ -83,12 +83,12 @@ def test_guanaco_layout_becomes_messages(tmp_path, capsys):
     ("line", "says"),
     [
         (b'{"messages": [', "not a line of JSON"),
-        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "caf\xe9"}', "not a line of JSON in UTF-8"),
         (b'["a"]', "must be a JSON object, not list"),
         (b'{"prompt": "a"}', "needs 'messages' or 'text', found only ['prompt']"),
         (b'{"messages": null}', "'messages' is null"),
         (b'{"text": null}', "'text' is null"),
-        (b'{"text": 3}', "must be a str, not int"),
+        (b'{"text": 3}', "'text' is int; it must be a str"),
         (b'{"text": "hello"}', "must begin with '### Human:'"),
         (b'{"messages": ["a"]}', "messages[0] must be an object"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: the field 'content' is missing"),
@@ -117,15 +117,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (f"[{GOOD},\n{GOOD}]".encode(), r"is a JSON array; write one object per line"),
-        (f"\n [\n{GOOD}\n]".encode(), r"is a JSON array; write one object per line"),
-        (f"\ufeff{GOOD}".encode(), "byte order mark; save it as UTF-8 without BOM"),
-        (
-            gzip.compress(GOOD.encode(), mtime=0),
-            r"compressed with gzip; unpack it first \(gunzip\)",
-        ),
-        (b"PK\x03\x04...", "a zip archive; unpack it"),
-        (b"PAR1....", "a Parquet file; write it as JSONL"),
+        (f"[{GOOD},\n{GOOD}]".encode(), ":1: not a line of JSON.*; write one object per line"),
+        (f"\n [\n{GOOD}\n]".encode(), ":2: not a line of JSON.*; write one object per line"),
+        (gzip.compress(GOOD.encode(), mtime=0), ":1: not a line of JSON in UTF-8"),
         (json.dumps(json.loads(GOOD), indent=1).encode(), ":1: not a line of JSON.*per line"),
     ],
 )
@@ -339,9 +333,6 @@ def test_answers_cut_by_the_limit_are_counted_and_named(tokenizer, capsys):
 def test_a_length_that_means_nothing_is_refused(tokenizer, limit):
     with pytest.raises(DataError, match="max_length must be a whole number of at least 1"):
         encode_conversations(tokenizer, [talk("Who?", "Ida")], limit)
-    if limit is not None:  # which is no limit for one conversation
-        with pytest.raises(DataError, match="max_length must be a whole number of at least 1"):
-            encode_conversation(tokenizer, talk("Who?", "Ida"), limit)
 
 
 def test_padding_fills_one_side():
