@@ -30,15 +30,11 @@ class QuantizationError(QloraError, ValueError):
 
 
 class LoRAError(QloraError, ValueError):
-    """An adapter was asked for, loaded or merged in a way that cannot work.
-
-    Attributes:
-        tensors: the names of all its tensors that do not fit; the message lists the first.
-    """
+    """An adapter was asked for, loaded or merged in a way that cannot work."""
 
     def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.tensors = tuple(tensors)
+        self.tensors = tuple(tensors)  # all that do not fit; the message lists the first
 
 
 class PlanError(QloraError, ValueError):

@@ -298,9 +298,9 @@ def expected_minutes(
 ) -> float:
     """Minutes of a run, roughly: by arithmetic, or by the time that starting the work takes.
 
-    A token costs 2 operations per weight in each pass through the linear layers: forward, once more
-    if gradient checkpointing recomputes, back to the inputs, and with `method="full"` back to the
-    weights. But a pass with few tokens takes no less than it takes to start its kernels.
+    A token costs 2 operations per weight in each pass: forward, once more if checkpointing
+    recomputes, back to the inputs, and with `method="full"` back to the weights. But a pass with
+    few tokens takes no less than it takes to start its kernels.
 
     Args:
         config: the settings of the run; every row is taken to be `max_length` long.

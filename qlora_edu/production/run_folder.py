@@ -149,12 +149,10 @@ class FinetuneResult:
 def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
     """Where the run will be written: `output_dir`, or the first free `runs/<name>`.
 
-    To resume, it is `output_dir`, or the last `runs/<name>` that was interrupted. Nothing is
-    changed on the disk.
+    To resume, it is `output_dir`, or the last `runs/<name>` that was interrupted.
 
     Raises:
-        RunExistsError: if `output_dir` is there already, or checkpoints of an interrupted run are
-            and they are not to be resumed.
+        RunExistsError: if `output_dir` is there already, or checkpoints are and shall not be used.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir)
