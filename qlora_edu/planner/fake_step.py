@@ -343,8 +343,6 @@ def _trace_cached(
             ]
             parts = find_blocks(model)
             whole, in_block = weigh(model), weigh(model, parts[-1], but=parts[0])
-            outside = set(model.parameters()) - set(parts.parameters())
-            trained = [_trained(some) for some in (outside, parts[-1].parameters())]
     except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
         raise PlanError(
             f"a step of {kind.__name__} cannot be traced without numbers, in these dtypes at "
@@ -357,14 +355,15 @@ def _trace_cached(
         raise PlanError(f"{kind.__name__}: the steps of this model depend on the length")
     basis = np.array([[1, batch * length, batch * length**2] for length in lengths])
     return StepTrace(
-        config.get_text_config().num_hidden_layers,
-        len(parts),
-        {row: n - len(parts) * in_block.get(row, 0) for row, n in whole.items()},
-        in_block,
-        *trained,
-        np.linalg.solve(basis, np.array([run.changes for run in runs], dtype=float)),
-        np.array(runs[0].kinds),
-        runs[0].marks,
+        depth=config.get_text_config().num_hidden_layers,
+        blocks=len(parts),
+        outside={row: n - len(parts) * in_block.get(row, 0) for row, n in whole.items()},
+        in_block=in_block,
+        trained_outside=_trained(set(model.parameters()) - set(parts.parameters())),
+        trained_in_block=_trained(parts[-1].parameters()),
+        changes=np.linalg.solve(basis, np.array([run.changes for run in runs], dtype=float)),
+        kinds=np.array(runs[0].kinds),
+        marks=runs[0].marks,
     )
 
 
