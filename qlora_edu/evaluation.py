@@ -18,10 +18,7 @@ import numpy as np
 from qlora_edu.comparison import Interval
 from qlora_edu.errors import EvaluationError, reading
 
-K, START = (
-    32,
-    1000,
-)  # of Elo, as in the paper: points at stake in a game, and everybody's first rating
+K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
 MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
 Row = Mapping[str, Any]
@@ -62,10 +59,9 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         _check_row(row, where)
         if rows and row["answers"].keys() != rows[0]["answers"].keys():
-            raise EvaluationError(
-                f"{where} has answers of {sorted(row['answers'])}, the first line of "
-                f"{sorted(rows[0]['answers'])}; every system must answer every prompt"
-            )
+            mine, first = sorted(row["answers"]), sorted(rows[0]["answers"])
+            found = f"{where} has answers of {mine}, the first line of {first}"
+            raise EvaluationError(f"{found}; every system must answer every prompt")
         rows.append(row)
     if not rows:
         raise EvaluationError(f"{path} holds no rows; write {ROW} in each line")
@@ -74,10 +70,8 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 
 def _check_row(row: Any, where: str) -> None:
     answers = row.get("answers") if isinstance(row, dict) else None
-    enough = isinstance(answers, dict) and len(answers) > 1
-    if not enough or not all(
-        isinstance(text, str) for text in (row.get("prompt"), *answers.values())
-    ):
+    texts = [row.get("prompt"), *answers.values()] if isinstance(answers, dict) else []
+    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
         raise EvaluationError(f"{where}: write {ROW}, all of it text, and not {str(row)[:60]!r}")
 
 
@@ -87,12 +81,7 @@ def exact_judge(row: Row, first: str, second: str) -> float:
 
 
 def word_judge(row: Row, first: str, second: str) -> float:
-    """Nearer beats farther: by the words that an answer shares with `row["wanted"]`.
-
-    >>> row = {"prompt": "What?", "wanted": "a red lamp"}
-    >>> word_judge(row, "a lamp", "Not mentioned."), word_judge(row, "red", "lamp")
-    (1.0, 0.5)
-    """
+    """Nearer beats farther: by the words that an answer shares with `row["wanted"]`."""
     return _compare(*(word_f1(answer, row["wanted"]) for answer in (first, second)))
 
 
@@ -141,8 +130,8 @@ def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Ga
 def expected_score(rating: float, other: float) -> float:
     """Elo's expectation of a game: 400 points ahead are ten wins to one.
 
-    >>> expected_score(1000, 1000), round(expected_score(1400, 1000), 4)
-    (0.5, 0.9091)
+    >>> round(expected_score(1400, 1000), 4)
+    0.9091
     """
     return 1 / (1 + 10 ** ((other - rating) / 400))
 
@@ -274,10 +263,7 @@ def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
 
 
 def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
-    """Make sure that the likelihood has a maximum.
-
-    It has one if each system took points from each other, directly or by way of others.
-    """
+    """Make sure of a maximum: each system took points from each other, maybe by way of others."""
     from scipy.sparse.csgraph import connected_components
 
     count, group = connected_components(wins > 0, connection="strong")

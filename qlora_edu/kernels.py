@@ -279,12 +279,7 @@ class FusedProduct(torch.autograd.Function):
 
 @dataclass
 class PagingCounters:
-    """What paging has cost. Each use of a page is one of three.
-
-    `hits`: it was in a frame from earlier; `prefetched`: it had been sent for early; `faults`: it
-    was neither there nor on its way. Bytes in and out are those copied into frames, and written
-    back.
-    """
+    """What paging has cost: each use of a page is a hit, prefetched (sent for early) or a fault."""
 
     hits: int = 0
     prefetched: int = 0

@@ -114,7 +114,7 @@ class Page(NamedTuple):
     """Columns of a flattened parameter; `host` is their states in the host tier, `[2, n]`."""
 
     columns: slice
-    host: Tensor
+    host: torch.Tensor
 
 
 def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:

@@ -24,8 +24,7 @@ ALIGNMENT = 64  # bytes: every dtype, and every vector register, may start here
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATES = ("exp_avg", "exp_avg_sq")
 OPTIONS = ("lr", "betas", "eps", "weight_decay")
-NEVER_PAGED = 100_000
-"""Elements below which bitsandbytes keeps a parameter's states in ordinary GPU memory."""
+NEVER_PAGED = 100_000  # elements below which bitsandbytes keeps states in ordinary GPU memory
 UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
@@ -82,24 +81,20 @@ def _file_memory(nbytes: int, folder: str | os.PathLike | None) -> Tensor:
             _fill(file, nbytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
     except OSError as error:
-        try:
-            room = f"{shutil.disk_usage(folder).free:,} bytes are free there"
-        except OSError:
-            room = "there is no such folder"
-        raise HostTierError(
-            error.errno,
-            f"cannot reserve {nbytes:,} bytes for optimizer states in {folder} "
-            f"({error.strerror}; {room}): pass a folder= that has room and can be written to",
-        ) from error
+        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else None
+        room = "there is no such folder" if free is None else f"{free:,} bytes are free there"
+        what = f"cannot reserve {nbytes:,} bytes for optimizer states in {folder}"
+        remedy = "pass a folder= that has room and can be written to"
+        raise HostTierError(error.errno, f"{what} ({error.strerror}; {room}): {remedy}") from error
 
 
 def _fill(file: Any, nbytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
-        return
-    for start in range(0, nbytes, 2**20):
-        file.write(bytes(min(2**20, nbytes - start)))
-    file.flush()
+    else:
+        for start in range(0, nbytes, 2**20):
+            file.write(bytes(min(2**20, nbytes - start)))
+        file.flush()
 
 
 class HostTierAdamW(torch.optim.AdamW):
@@ -161,8 +156,7 @@ class HostTierAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this class or `torch.optim.AdamW` has saved, straight into the host tier.
 
-        Raises:
-            PagingError: it does not fit this optimizer; nothing has been changed.
+        A state dict that does not fit is a `PagingError`, and changes nothing.
         """
         parameter_of = match_state_dict(state_dict, self.param_groups)
         self.flush()  # a copy that is under way would land on what is loaded
@@ -181,7 +175,10 @@ class HostTierAdamW(torch.optim.AdamW):
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
     def __getstate__(self) -> None:
-        raise PagingError("a PagedAdamW cannot be copied: make another, and give it state_dict()")
+        raise PagingError(
+            "a PagedAdamW cannot be pickled or copied: its states are in a file of its own. Make "
+            "another, and give it state_dict() with load_state_dict()"
+        )
 
 
 # What copies them while something else is computed
@@ -225,7 +222,7 @@ class StreamCopier:
         # So a frame freed during a copy is handed to nobody else before the copy has ended.
         frame.record_stream(self._stream)
 
-    def start(self, moves: list[tuple[Tensor, Tensor]]) -> Any:
+    def start(self, moves: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
         """Start to copy pairs of (destination, source); returns what `wait` takes."""
         # What is written back is computed first, and a frame is overwritten after its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -253,10 +250,8 @@ def check_budget(budget_bytes: int, page_bytes: int) -> None:
         if not isinstance(value, int) or value < 1:
             raise PagingError(f"{name} must be a whole number of bytes, not {value!r}")
     if budget_bytes < page_bytes:
-        raise PagingError(
-            f"a budget of {budget_bytes:,} bytes has no room for one page of {page_bytes:,}: "
-            "raise budget_bytes or lower page_bytes"
-        )
+        found = f"a budget of {budget_bytes:,} bytes has no room for one page of {page_bytes:,}"
+        raise PagingError(f"{found}: raise budget_bytes or lower page_bytes")
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -310,10 +305,8 @@ def match_state_dict(
     saved, own = ([group["params"] for group in each] for each in (groups, own_groups))
     sizes, own_sizes = ([len(params) for params in each] for each in (saved, own))
     if sizes != own_sizes:
-        raise PagingError(
-            f"the state dict has groups of {sizes} parameters, the optimizer of {own_sizes}: make "
-            "the optimizer with the groups that were saved"
-        )
+        found = f"the state dict has groups of {sizes} parameters, the optimizer of {own_sizes}"
+        raise PagingError(f"{found}: make the optimizer with the groups that were saved")
     for number, group in enumerate(groups):
         if lost := [name for name in OPTIONS if name not in group]:
             raise PagingError(f"group {number} of the state dict has no {lost}: is it AdamW's?")
@@ -335,5 +328,6 @@ def _check_state(state: dict[str, Any], name: str, shape: tuple[int, ...]) -> No
         found = tuple(value.shape) if isinstance(value, Tensor) else value
         if found != wanted and not (key == "step" and isinstance(value, Real)):
             raise PagingError(
-                f"{key} of {name} is {found} in the state dict, but should have the shape {wanted}"
+                f"{key} of {name} is {found} in the state dict, but should have the shape "
+                f"{wanted}: is it from another model?"
             )

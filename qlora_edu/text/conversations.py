@@ -40,12 +40,9 @@ class Message(TypedDict):
 class Conversation(list[Message]):
     """A list of messages that remembers where it was read, as `file:line`, and its whole row."""
 
-    def __init__(
-        self, messages: Sequence[Message], where: str, row: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, messages: Sequence[Message], where: str, row: dict | None = None) -> None:
         super().__init__(messages)
-        self.where = where
-        self.row = row or {}
+        self.where, self.row = where, row or {}
 
 
 def pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -211,8 +208,8 @@ def _apply_template(
 
     if not tokenizer.chat_template:
         raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, as base models "
-            "often; set chat_template='guanaco' for the paper's layout"
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which is "
+            "usual for a base model; set chat_template='guanaco' for the paper's layout"
         )
     if not messages:
         raise DataError(f"{where}: the conversation begins with an answer; put its question before")
@@ -231,9 +228,7 @@ def _apply_template(
             f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
             "use chat_template='guanaco', which takes any"
         ) from error
-    # Whoever asks says what is too long; the tokenizer would warn of it besides.
-    plain = {"add_special_tokens": False, "verbose": False}
-    ids = []
+    ids, plain = [], {"add_special_tokens": False, "verbose": False}  # no warning of its length
     for i, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
         if i % 2 == 0:
             ids += tokenizer(part, **plain)["input_ids"]
