@@ -108,11 +108,7 @@ def split_names(names: str | Sequence[str]) -> list[str]:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model that has adapters: a second kind would adapt the first, and freeze it.
-
-    Raises:
-        LoRAError: names what is there, and how to take it out.
-    """
+    """Refuse a model that has adapters: a second kind would adapt the first, and freeze it."""
     ours = {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -286,9 +282,7 @@ def check_tensors(
 ) -> None:
     """Refuse an adapter `tensors` that is not whole, sound, trained, and made for `own`.
 
-    Args:
-        own: the tensors that the model has places for.
-        tensors, allow_untrained: as for `load_adapters`, which raises the same errors.
+    `own` are the tensors that the model has places for; `load_adapters` raises the same errors.
     """
     if not tensors:
         raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")

@@ -327,12 +327,7 @@ def replace_linear_layers(
     for name in names:
         linear: Any = model.get_submodule(name)
         layer = layer_class(
-            linear,
-            r,
-            lora_alpha,
-            lora_dropout,
-            compute_dtype=compute_dtype,
-            **quantization,
+            linear, r, lora_alpha, lora_dropout, compute_dtype=compute_dtype, **quantization
         )
         replace_module(model, name, layer)
     return names
