@@ -80,6 +80,3 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-whole_or_absent = folder

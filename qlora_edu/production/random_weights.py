@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.errors import QloraError, RunExistsError
-from qlora_edu.files import ROOT
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import ROOT, atomic
 from qlora_edu.planner import MODELS, configuration
 from qlora_edu.planner.fake_step import StepSettings, add_adapters, causal_model, quantize_layers
 
@@ -84,7 +83,7 @@ def write_random(
     if skeleton.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
     index: dict[str, str] = {}
-    with whole_or_absent(folder) as part:
+    with atomic.folder(folder) as part:
         shards = list(_shards(kept, shard_bytes))
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_edu.compat import quiet
 from qlora_edu.errors import LoRAError, RunExistsError
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import atomic
 from qlora_edu.production.config import did_you_mean
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGE_TARGETS, merge_weight
@@ -132,7 +132,7 @@ def write_merged(
         "r": adapter.r,
         "lora_alpha": adapter.lora_alpha,
     }
-    with whole_or_absent(folder) as part, quiet():
+    with atomic.folder(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "merged.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
