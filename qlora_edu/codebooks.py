@@ -35,11 +35,7 @@ def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
         bits: width of a code, 2 to 8.
         offset: the outermost probability, in (0.5, 1). The default belongs to NF4.
 
-    Returns:
-        Ascending levels, float32, shape `[2**bits]`.
-
-    Raises:
-        QuantizationError: `bits` or `offset` is out of range.
+    Returns ascending levels, float32, shape `[2**bits]`.
 
     Source: QLoRA (arXiv 2305.14314) section 3; equals the table of bitsandbytes,
     `get_4bit_type("nf4")`.
@@ -219,8 +215,7 @@ def lloyd_max_levels(
         pinned: levels to keep, such as an exact zero; may be empty.
         iterations: the most to make; fewer if the levels settle.
 
-    Returns:
-        Ascending levels, float32, shape `[n_levels]`.
+    Returns ascending levels, float32, shape `[n_levels]`.
 
     Raises:
         QuantizationError: no samples, non-finite samples, or more pins than levels.
@@ -265,11 +260,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
         levels: one of `LEVELS`, or a 1-D floating tensor of 2 to 16 finite levels in [-1, 1].
         blocksize: of the blocks to be quantised; only "af4" depends on it.
 
-    Returns:
-        The levels in the order of their codes, float32, 1-D.
-
-    Raises:
-        UnknownLevelsError: no codebook has that name, or the tensor is no codebook.
+    Returns the levels in the order of their codes, float32, 1-D. Raises `UnknownLevelsError`.
 
     >>> get_levels("int4").shape
     torch.Size([15])

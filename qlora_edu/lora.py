@@ -170,9 +170,6 @@ class LoRALinear(LoRALayer):
             freedom.
         lora_alpha, lora_dropout, init: as for `LoRALayer`.
 
-    Raises:
-        LoRAError: `linear` is not a plain `nn.Linear`; see also `LoRALayer`.
-
     Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
     >>> base = nn.Linear(4, 3, bias=False)
@@ -237,9 +234,7 @@ class LoRALinear(LoRALayer):
         point; so a merged layer holds two weights. For a lasting merge, keep `layer.base` alone.
         `A` and `B` get no gradient while the layer is merged.
 
-        Raises:
-            LoRAError: it is already merged, or the merged weight would hold NaN or infinity;
-                `base.weight` is then unchanged.
+        Raises `LoRAError`, with `base.weight` unchanged, if merged already, or not finite.
         """
         if self.merged:
             raise LoRAError("the adapter is already merged; call unmerge() before merging again")

@@ -44,7 +44,7 @@ class QuantizedTensor:
     mean what they mean there. A file to be kept is best a safetensors file of `state_dict()`.
     """
 
-    packed: Tensor  # uint8 `[ceil(n / 2), 1]`: two codes a byte, the first in the high nibble
+    packed: Tensor  # uint8 `[ceil(n / 2), 1]`: two codes per byte, the first in the high nibble
     constants: Tensor | QuantizedAbsmax
     """The absmax of each block: float32 `[blocks]`, or in 8 bits after double quantisation."""
     levels: Tensor  # The codebook, float32, in the order of its codes
@@ -167,9 +167,6 @@ class QuantizedTensor:
         """List every tensor by the key bitsandbytes gives it, ready for a safetensors file.
 
         Of the codebooks, bitsandbytes itself reads "nf4" and "fp4" back, and refuses the others.
-
-        Args:
-            prefix: the name of the parameter, such as `model.layers.0.mlp.up_proj.weight`.
 
         >>> sorted(quantize(torch.ones(64), double_quant=False).state_dict())
         ['weight', 'weight.absmax', 'weight.quant_map', 'weight.quant_state.bitsandbytes__nf4']
@@ -318,8 +315,7 @@ def quantize(
         levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
         blocksize: weights that share one absmax; one of `BLOCKSIZES`.
         double_quant: whether to write the absmax in 8 bits.
-        compiled: as for `kernels.quantize_blockwise`: many times faster, after some seconds of
-            compiling.
+        compiled: many times faster, after some seconds of compiling.
 
     Raises:
         DtypeError, BlocksizeError, UnknownLevelsError: one of the arguments cannot be used.

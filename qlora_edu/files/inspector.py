@@ -94,13 +94,8 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
     tensor its dtype, its shape and where its bytes begin; then the bytes. So one seek finds the
     byte that holds the weight, and another its block's constant.
 
-    Args:
-        path: a file with the keys of a `Linear4bit` without double quantisation.
-        name: of the quantised weight, such as `weight`.
-        index: of the weight in the tensor before quantisation.
-
-    Raises:
-        InspectionError: no such weight, no such name, or its constants are quantised too.
+    The file has the keys of a `Linear4bit` without double quantisation; `name` is that of the
+    quantised weight. Raises `InspectionError` for another kind of file, name or index.
 
     Source: the layout is the one of the safetensors README, "Format".
     """
