@@ -58,8 +58,7 @@ def find_linear_layers(
             "all-linear", which leaves out the output head, as PEFT does.
         skip: endings of names that "all-linear" leaves out too.
 
-    Returns:
-        The full names, in the model's order.
+    Returns the full names, in the model's order.
 
     Raises:
         LoRAError: nothing is found, a target is found nowhere, or it is no plain `nn.Linear`.
@@ -108,11 +107,7 @@ def split_names(names: str | Sequence[str]) -> list[str]:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model that has adapters: a second kind would adapt the first, and freeze it.
-
-    Raises:
-        LoRAError: names what is there, and how to take it out.
-    """
+    """Refuse a model that has adapters: a second kind would adapt the first, and freeze it."""
     ours = {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -145,18 +140,11 @@ def add_lora(
     """Freeze `model` and wrap its linear layers in `LoRALinear`.
 
     Args:
-        model: is changed in place; it must have no adapters yet.
-        r, lora_alpha, lora_dropout, init: as for `LoRALinear`.
         target_modules: as for `find_linear_layers`.
         bias: which biases are trained besides: "none", those of the wrapped layers ("lora_only") or
             "all". A trained bias is part of the adapter, and changes the base.
 
-    Returns:
-        The names of the layers.
-
-    Raises:
-        LoRAError: see `find_linear_layers`, `refuse_adapters` and `LoRALayer`, or an unknown
-            `bias`.
+    Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
@@ -189,16 +177,10 @@ def add_houlsby(
     """Freeze `model` and put a `HoulsbyAdapter` behind the layers named.
 
     Args:
-        model: is changed in place; it must have no adapters yet.
-        bottleneck: the inner width.
         target_modules: as for `find_linear_layers`; should name the last layer of each block's
             attention and of its feed-forward part, as the default does for Llama and its kin.
 
-    Returns:
-        The names of the layers.
-
-    Raises:
-        LoRAError: see `find_linear_layers`, `refuse_adapters` and `HoulsbyAdapter`.
+    Returns the names of the layers.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
@@ -258,10 +240,7 @@ def load_adapters(
 
     Loading again swaps one adapter for another.
 
-    Args:
-        model: has adapted layers.
-        tensors: by PEFT's names, in any floating dtype.
-        allow_untrained: take an adapter whose `B` are all zero.
+    `allow_untrained` takes an adapter whose `B` are all zero, too.
 
     Raises:
         AdapterMismatchError: a tensor is missing, left over, of another shape or no floating one: a
@@ -286,9 +265,7 @@ def check_tensors(
 ) -> None:
     """Refuse an adapter `tensors` that is not whole, sound, trained, and made for `own`.
 
-    Args:
-        own: the tensors that the model has places for.
-        tensors, allow_untrained: as for `load_adapters`, which raises the same errors.
+    `own` are the tensors that the model has places for; `load_adapters` raises the same errors.
     """
     if not tensors:
         raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")

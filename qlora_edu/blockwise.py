@@ -27,12 +27,7 @@ SMALLEST_ABSMAX = 1e-38
 def split_blocks(x: Tensor, blocksize: int) -> Tensor:
     """Read x row by row and cut it into blocks.
 
-    Args:
-        x: any shape, floating.
-        blocksize: entries per block.
-
-    Returns:
-        float32, shape `[ceil(n / blocksize), blocksize]`; a short last block is filled with zeros.
+    Returns float32 `[ceil(n / blocksize), blocksize]`; a short last block is filled with zeros.
 
     >>> split_blocks(torch.tensor([[1.0, 2.0, 3.0]]), 2)
     tensor([[1., 2.],
@@ -44,14 +39,7 @@ def split_blocks(x: Tensor, blocksize: int) -> Tensor:
 
 
 def block_absmax(x: Tensor, blocksize: int) -> Tensor:
-    """Find the largest magnitude of each block.
-
-    Args:
-        x: any shape, floating; read row by row.
-        blocksize: weights per block; the last block may be shorter.
-
-    Returns:
-        float32, shape `[ceil(n / blocksize)]`.
+    """Find the largest magnitude of each block: float32, shape `[ceil(n / blocksize)]`.
 
     >>> block_absmax(torch.tensor([1.0, -3.0, 0.5, 0.25, 2.0]), 2)
     tensor([3.0000, 0.5000, 2.0000])
@@ -79,12 +67,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
     """Read n 4-bit codes back; the inverse of `pack_nibbles`.
 
-    Args:
-        packed: uint8, `ceil(n / 2)` bytes of any shape.
-        n: how many codes there are.
-
-    Returns:
-        uint8, shape `[n]`.
+    Takes `ceil(n / 2)` bytes of any shape; returns uint8, shape `[n]`.
 
     >>> unpack_nibbles(torch.tensor([[15], [112]], dtype=torch.uint8), 3).tolist()
     [0, 15, 7]
@@ -152,13 +135,7 @@ def dequantize_blockwise(
 def read_back(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
     """Quantise a tensor and read it back: what a model computes with after quantisation.
 
-    Args:
-        weight: any shape; one of `DTYPES`, finite.
-        levels: a codebook of chapter 1, 1-D.
-        blocksize: weights that share one absmax.
-
-    Returns:
-        The shape and dtype of `weight`.
+    Takes what `quantize_blockwise` takes; returns the shape and dtype of `weight`.
 
     >>> read_back(torch.tensor([-3.0, 0.1, 4.0]), torch.tensor([-1.0, 0.0, 1.0]), 64)
     tensor([-4.,  0.,  4.])

@@ -35,11 +35,7 @@ def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
         bits: width of a code, 2 to 8.
         offset: the outermost probability, in (0.5, 1). The default belongs to NF4.
 
-    Returns:
-        Ascending levels, float32, shape `[2**bits]`.
-
-    Raises:
-        QuantizationError: `bits` or `offset` is out of range.
+    Returns ascending levels, float32, shape `[2**bits]`.
 
     Source: QLoRA (arXiv 2305.14314) section 3; equals the table of bitsandbytes,
     `get_4bit_type("nf4")`.
@@ -63,9 +59,6 @@ def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
 def normal_quantile(probability: Tensor) -> Tensor:
     """Invert the normal distribution function in float64 and round to float32.
 
-    Args:
-        probability: floating, in [0, 1], any shape.
-
     Source: equals `scipy.stats.norm.ppf`, without needing scipy.
 
     >>> normal_quantile(torch.tensor([0.5, 0.975]))
@@ -81,11 +74,7 @@ def equation_4_levels(bits: int = 4) -> Tensor:
     arguments in [0, 1], where Q is the normal quantile function. The ends are infinite, and the
     values are symmetric, so they cannot be NF4's.
 
-    Args:
-        bits: width of a code.
-
-    Returns:
-        Ascending values, float32, shape `[2**bits + 1]`, not normalised.
+    Returns ascending values, float32, shape `[2**bits + 1]`, not normalised.
 
     Source: QLoRA (arXiv 2305.14314) equation 4.
 
@@ -160,11 +149,7 @@ def af4_levels(blocksize: int = 64) -> Tensor:
     AF4 solves that for 8 positive levels on (0, 1] and, apart, for 7 negative ones on [-1, 0), the
     outermost pinned at 1 and -1. The exact zero joins afterwards, and is in neither solution.
 
-    Args:
-        blocksize: values that share one absmax, at least 2.
-
-    Returns:
-        Ascending levels, float32, shape `[16]`.
+    Returns ascending levels, float32, shape `[16]`.
 
     Source: Yoshida (arXiv 2306.06965); equals the published tables to 1e-6.
 
@@ -230,8 +215,7 @@ def lloyd_max_levels(
         pinned: levels to keep, such as an exact zero; may be empty.
         iterations: the most to make; fewer if the levels settle.
 
-    Returns:
-        Ascending levels, float32, shape `[n_levels]`.
+    Returns ascending levels, float32, shape `[n_levels]`.
 
     Raises:
         QuantizationError: no samples, non-finite samples, or more pins than levels.
@@ -276,11 +260,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
         levels: one of `LEVELS`, or a 1-D floating tensor of 2 to 16 finite levels in [-1, 1].
         blocksize: of the blocks to be quantised; only "af4" depends on it.
 
-    Returns:
-        The levels in the order of their codes, float32, 1-D.
-
-    Raises:
-        UnknownLevelsError: no codebook has that name, or the tensor is no codebook.
+    Returns the levels in the order of their codes, float32, 1-D. Raises `UnknownLevelsError`.
 
     >>> get_levels("int4").shape
     torch.Size([15])
@@ -320,12 +300,7 @@ def assign(x: Tensor, levels: Tensor) -> Tensor:
     The frontier between two neighbouring levels is their midpoint, so the code is the number of
     midpoints strictly below x. That needs a binary search, and no table of distances.
 
-    Args:
-        x: numbers in [-1, 1], any shape, floating.
-        levels: the codebook, 1-D; its order is the order of the codes.
-
-    Returns:
-        Codes, uint8, the shape of x.
+    Returns uint8, in the shape of `x`; the order of `levels` is the order of the codes.
 
     >>> assign(torch.tensor([-1.0, 0.5, 0.6, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0, 1, 2, 2], dtype=torch.uint8)
@@ -339,12 +314,7 @@ def assign(x: Tensor, levels: Tensor) -> Tensor:
 def level_usage(codes: Tensor, n_levels: int = 16) -> Tensor:
     """Measure the share of the codes that falls on each level.
 
-    Args:
-        codes: integers below `n_levels`, any shape, at least one.
-        n_levels: how many levels there are.
-
-    Returns:
-        Shares that sum to 1, float64, shape `[n_levels]`.
+    Returns shares that sum to 1, float64, shape `[n_levels]`.
 
     >>> level_usage(torch.tensor([0, 1, 1, 3], dtype=torch.uint8), 4)
     tensor([0.2500, 0.5000, 0.0000, 0.2500], dtype=torch.float64)
@@ -355,9 +325,6 @@ def level_usage(codes: Tensor, n_levels: int = 16) -> Tensor:
 
 def entropy_bits(usage: Tensor) -> float:
     """Compute the entropy of the shares, in bits: the information that one code carries.
-
-    Args:
-        usage: shares that sum to 1, any shape.
 
     >>> entropy_bits(torch.tensor([0.25, 0.25, 0.5]))
     1.5
@@ -371,13 +338,6 @@ def affine_int4(weights: Tensor, blocksize: int) -> Tensor:
     The rival of one constant per block: two constants, the smallest weight and the step, kept in 16
     bits each, so that a block costs the same 32 bits. The range fits a block that is not symmetric.
     A block whose weights are all equal has a step of 0 and comes back as NaN.
-
-    Args:
-        weights: any shape, floating; a multiple of `blocksize` numbers.
-        blocksize: weights that share two constants.
-
-    Returns:
-        The rounded weights, in the shape of `weights`.
 
     >>> affine_int4(torch.tensor([-1.0, 0.1, 0.72, 2.75]), 4)
     tensor([-1.0000,  0.0000,  0.7500,  2.7500])

@@ -21,14 +21,10 @@ GRID_STEPS = 65535
 class QuantizedAbsmax(NamedTuple):
     """Block constants in 8 bits: absmax = levels[codes] * nested_absmax + offset."""
 
-    codes: Tensor
-    """uint8, one per block."""
-    nested_absmax: Tensor
-    """float32, one per 256 blocks."""
-    offset: Tensor
-    """float32 scalar: the mean of all absmax."""
-    levels: Tensor
-    """float32 `[256]`: the level of each code."""
+    codes: Tensor  # uint8, one per block
+    nested_absmax: Tensor  # float32, one per 256 blocks
+    offset: Tensor  # float32 scalar: the mean of all absmax
+    levels: Tensor  # float32 `[256]`: the level of each code
 
 
 def dynamic_map() -> Tensor:
@@ -64,9 +60,6 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
     Args:
         absmax: float32, shape `[blocks]`, finite and not negative.
 
-    Returns:
-        The codes and what it takes to read them.
-
     Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
     came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.
 
@@ -92,11 +85,7 @@ def assign_8bit(scaled: Tensor) -> Tensor:
     near a midpoint the code may be a neighbour's, and 0 itself falls beside the grid. A block whose
     differences are all 0 divides 0 by 0, and gets code 0 times a constant of 0.
 
-    Args:
-        scaled: in [-1, 1], any shape; NaN for 0 / 0.
-
-    Returns:
-        uint8, the shape of `scaled`.
+    Returns uint8, in the shape of `scaled`.
 
     >>> assign_8bit(torch.tensor([-1.0, 1.0, torch.nan])).tolist()
     [0, 255, 0]
@@ -117,11 +106,7 @@ def codes_of_grid() -> Tensor:
 def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     """Read block constants back: the level of each code, times its constant, plus the offset.
 
-    Args:
-        quantized: what `quantize_absmax` has returned.
-
-    Returns:
-        float32, shape `[blocks]`.
+    Returns float32, shape `[blocks]`.
 
     >>> dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0])))
     tensor([1.0070, 3.0000])

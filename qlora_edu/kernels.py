@@ -74,9 +74,6 @@ def quantize_blockwise(
         compiled: run chunks of a million weights (16 million on a GPU) through `torch.compile`,
             which needs a C++ compiler and some seconds at the first call.
 
-    Returns:
-        The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
-
     Raises:
         QuantizationError: more than 16 levels.
         CompilerError: `compiled`, and no compiler.
@@ -172,12 +169,8 @@ def decode(
 
     Both levels of a byte travel as one 8-byte number: half the look-ups, and PyTorch's fast kind.
 
-    Args:
-        packed, absmax, levels, blocksize: as for `blockwise.dequantize_blockwise`.
-        out: int64, a number for each byte of `packed`; the result is written over its memory.
-
-    Returns:
-        float32, two for each byte of `packed`.
+    The result is float32, two numbers for each byte of `packed`. It is written over the memory of
+    `out`, if given: int64, a number for each byte.
 
     >>> levels = torch.tensor([-1.0, 1.0])
     >>> decode(torch.tensor([[1]], dtype=torch.uint8), torch.tensor([2.0]), levels, 64)

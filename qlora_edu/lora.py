@@ -22,12 +22,7 @@ from qlora_edu.errors import LoRAError
 def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Split a matrix into two thin ones whose product is as near to it as rank `r` allows.
 
-    Args:
-        matrix: `[out, in]`.
-        r: the rank.
-
-    Returns:
-        `B` `[out, r]` and `A` `[r, in]`.
+    Takes `[out, in]`; returns `B` `[out, r]` and `A` `[r, in]`.
 
     Source: Eckart and Young (1936): the truncated singular value decomposition.
 
@@ -43,11 +38,7 @@ def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def energy_kept(singular_values: Tensor) -> Tensor:
     """Measure the share of the sum of squares that the first 1, 2, 3 … directions hold.
 
-    Args:
-        singular_values: `[n]`, descending.
-
-    Returns:
-        float64, `[n]`; the last is 1.
+    Takes `[n]`, descending; returns float64 `[n]`, of which the last is 1.
 
     >>> energy_kept(torch.tensor([3.0, 1.0])).tolist()
     [0.9, 1.0]
@@ -179,9 +170,6 @@ class LoRALinear(LoRALayer):
             freedom.
         lora_alpha, lora_dropout, init: as for `LoRALayer`.
 
-    Raises:
-        LoRAError: `linear` is not a plain `nn.Linear`; see also `LoRALayer`.
-
     Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
     >>> base = nn.Linear(4, 3, bias=False)
@@ -246,9 +234,7 @@ class LoRALinear(LoRALayer):
         point; so a merged layer holds two weights. For a lasting merge, keep `layer.base` alone.
         `A` and `B` get no gradient while the layer is merged.
 
-        Raises:
-            LoRAError: it is already merged, or the merged weight would hold NaN or infinity;
-                `base.weight` is then unchanged.
+        Raises `LoRAError`, with `base.weight` unchanged, if merged already, or not finite.
         """
         if self.merged:
             raise LoRAError("the adapter is already merged; call unmerge() before merging again")
@@ -262,11 +248,7 @@ class LoRALinear(LoRALayer):
         self.base.weight.data = merged
 
     def unmerge(self) -> None:
-        """Put the old `W` back, to the bit, even if `A` and `B` have changed meanwhile.
-
-        Raises:
-            LoRAError: the layer is not merged.
-        """
+        """Put the old `W` back, to the bit, even if `A` and `B` have changed meanwhile."""
         if self.unmerged_weight is None:
             raise LoRAError("the adapter is not merged; call merge() first")
         self.base.weight.data = self.unmerged_weight
@@ -303,9 +285,6 @@ class HoulsbyAdapter(nn.Module):
         base: a module whose output is `[..., out_features]`; it is frozen.
         out_features: the width of that output; by default `base.out_features`.
         bottleneck: the inner width, `m` in the paper; `2·m·out + m + out` parameters.
-
-    Raises:
-        LoRAError: a bottleneck below 1, or a base whose width is not known.
 
     Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
 

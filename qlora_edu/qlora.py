@@ -168,11 +168,7 @@ class QLoRALinear(LoRALayer):
         Nothing is quantised again, which could lose the update (see `merge_weight`); so the result
         takes 16 or 32 bits per weight. This layer stays as it is, and there is nothing to unmerge.
 
-        Args:
-            dtype: of the weight and the bias of the result.
-
-        Raises:
-            LoRAError: the merged weight would hold NaN or infinity.
+        Raises `LoRAError` if the merged weight would hold NaN or infinity.
 
         >>> QLoRALinear(nn.Linear(64, 2), r=4, lora_alpha=8).merge(torch.float32)
         Linear(in_features=64, out_features=2, bias=True)
@@ -301,19 +297,12 @@ def replace_linear_layers(
     """Freeze `model` and put a `QLoRALinear` in the place of its linear layers.
 
     Args:
-        model: is changed in place.
-        r, lora_alpha, lora_dropout, compute_dtype: as for `QLoRALinear`.
         target_modules, skip: as for `find_linear_layers`, so the output head stays as it is
             (bitsandbytes keeps it, too).
         layer_class: `QLoRALinear`, or `FusedQLoRALinear` for speed.
         quantization: `levels`, `blocksize` and `double_quant` of `quantize`.
 
-    Returns:
-        The names of the layers.
-
-    Raises:
-        LoRAError: there is nothing to replace, or the model has adapters already; see also
-            `QLoRALinear`.
+    Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> replace_linear_layers(model, r=4, lora_alpha=8, skip=["2"])
@@ -327,12 +316,7 @@ def replace_linear_layers(
     for name in names:
         linear: Any = model.get_submodule(name)
         layer = layer_class(
-            linear,
-            r,
-            lora_alpha,
-            lora_dropout,
-            compute_dtype=compute_dtype,
-            **quantization,
+            linear, r, lora_alpha, lora_dropout, compute_dtype=compute_dtype, **quantization
         )
         replace_module(model, name, layer)
     return names
@@ -352,7 +336,6 @@ def merge_weight(
 
     Args:
         quantized: the frozen weight, `[out, in]`.
-        delta: `ΔW`, `[out, in]`.
         into: "dequantized" adds it to the weight that it was trained beside; "original" to the
             weight from before quantisation; "4-bit" quantises the first sum again, as `quantized`
             was, and returns what is read back.
@@ -384,8 +367,7 @@ def merge_weight(
 def surviving_share(before: Tensor, after: Tensor, delta: Tensor) -> float:
     """Measure how much of `ΔW` a merge has kept: `⟨after − before, ΔW⟩ / ⟨ΔW, ΔW⟩`.
 
-    Returns:
-        1 if the weight moved by all of it, 0 if not at all or at random.
+    It is 1 if the weight moved by all of it, 0 if not at all or at random.
 
     >>> surviving_share(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), torch.ones(3))
     0.6666666865348816

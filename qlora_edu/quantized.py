@@ -44,19 +44,14 @@ class QuantizedTensor:
     mean what they mean there. A file to be kept is best a safetensors file of `state_dict()`.
     """
 
-    packed: Tensor
-    """uint8 `[ceil(n / 2), 1]`: two codes a byte, the first in the high nibble."""
+    packed: Tensor  # uint8 `[ceil(n / 2), 1]`: two codes per byte, the first in the high nibble
     constants: Tensor | QuantizedAbsmax
     """The absmax of each block: float32 `[blocks]`, or in 8 bits after double quantisation."""
-    levels: Tensor
-    """The codebook, float32, in the order of its codes."""
-    levels_name: str
-    """Its name in `LEVELS`, or "custom"."""
+    levels: Tensor  # The codebook, float32, in the order of its codes
+    levels_name: str  # Its name in `LEVELS`, or "custom"
     blocksize: int
-    shape: torch.Size
-    """Of the tensor before quantisation, and so of `dequantize()`."""
-    dtype: torch.dtype
-    """Of the tensor before quantisation, and so of `dequantize()`."""
+    shape: torch.Size  # Of the tensor before quantisation, and so of `dequantize()`
+    dtype: torch.dtype  # Of the tensor before quantisation, and so of `dequantize()`
 
     @property
     def double_quant(self) -> bool:
@@ -173,9 +168,6 @@ class QuantizedTensor:
 
         Of the codebooks, bitsandbytes itself reads "nf4" and "fp4" back, and refuses the others.
 
-        Args:
-            prefix: the name of the parameter, such as `model.layers.0.mlp.up_proj.weight`.
-
         >>> sorted(quantize(torch.ones(64), double_quant=False).state_dict())
         ['weight', 'weight.absmax', 'weight.quant_map', 'weight.quant_state.bitsandbytes__nf4']
         """
@@ -203,10 +195,6 @@ class QuantizedTensor:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> Self:
         """Rebuild from the keys that `state_dict`, or a bitsandbytes `Linear4bit`, has written.
-
-        Args:
-            state: may hold other keys too.
-            prefix: the name of the parameter.
 
         Raises:
             StateDictError: a key is missing, or the tensors do not fit what they claim to be.
@@ -327,8 +315,7 @@ def quantize(
         levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
         blocksize: weights that share one absmax; one of `BLOCKSIZES`.
         double_quant: whether to write the absmax in 8 bits.
-        compiled: as for `kernels.quantize_blockwise`: many times faster, after some seconds of
-            compiling.
+        compiled: many times faster, after some seconds of compiling.
 
     Raises:
         DtypeError, BlocksizeError, UnknownLevelsError: one of the arguments cannot be used.
@@ -359,11 +346,7 @@ def quantize(
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse what cannot be quantised: no tensor, or another dtype than `DTYPES`.
-
-    Raises:
-        DtypeError: `weight` is no tensor or has an unsupported dtype.
-    """
+    """Refuse, by `DtypeError`, what is no tensor or of another dtype than `DTYPES`."""
     if not isinstance(weight, Tensor):
         raise DtypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight.dtype not in DTYPES:
@@ -374,11 +357,7 @@ def check_weight(weight: Tensor) -> None:
 
 
 def check_blocksize(blocksize: int) -> None:
-    """Refuse a block size that is not one of `BLOCKSIZES`.
-
-    Raises:
-        BlocksizeError: names the value and the supported sizes.
-    """
+    """Refuse, by `BlocksizeError`, a block size that is not one of `BLOCKSIZES`."""
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise BlocksizeError(
             f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"

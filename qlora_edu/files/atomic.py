@@ -12,11 +12,8 @@ from pathlib import Path
 def folder(path: Path | str) -> Iterator[Path]:
     """Make a folder beside the one wanted, which becomes it in one move when all is on the disk.
 
-    Args:
-        path: of the folder wanted, which is not there yet.
-
-    Yields:
-        The folder to write into. If the block raises, or the process is killed, `path` is absent.
+    Yields the folder to write into. If the block raises, or the process is killed, `path` (which is
+    not there yet) stays absent.
     """
     path = Path(path)
     part = _part_of(path)
@@ -36,11 +33,7 @@ def folder(path: Path | str) -> Iterator[Path]:
 def file(path: Path | str) -> Iterator[Path]:
     """Name a file beside the one wanted, which replaces it in one move when all is on the disk.
 
-    Args:
-        path: of the file wanted. If it is there, it stays as it is until the move.
-
-    Yields:
-        The file to write.
+    Yields the file to write. If `path` is there, it stays as it is until the move.
     """
     path = Path(path)
     part = _part_of(path)
@@ -87,6 +80,3 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-whole_or_absent = folder

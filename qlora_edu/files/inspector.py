@@ -18,24 +18,15 @@ class InspectionError(QuantizationError):
 class InspectedWeight(NamedTuple):
     """One weight of a quantised tensor, followed from its place to its bits and back."""
 
-    position: int
-    """In the tensor laid out flat, row by row."""
-    block: int
-    """Which block; `position // blocksize`."""
-    absmax: float
-    """The constant of that block."""
-    byte: int
-    """Which byte of the packed codes; `position // 2`."""
-    value: int
-    """What the byte holds, 0 to 255."""
-    half: str
-    """Which half of it is this weight's: "high" at an even position, "low" at an odd one."""
-    code: int
-    """The nibble, 0 to 15."""
-    level: float
-    """The entry of the codebook at that code."""
-    dequantized: float
-    """level × absmax, in the dtype of the tensor."""
+    position: int  # In the tensor laid out flat, row by row
+    block: int  # Which block; `position // blocksize`
+    absmax: float  # The constant of that block
+    byte: int  # Which byte of the packed codes; `position // 2`
+    value: int  # What the byte holds, 0 to 255
+    half: str  # Which half of it is this weight's: "high" at an even position, "low" at an odd one
+    code: int  # The nibble, 0 to 15
+    level: float  # The entry of the codebook at that code
+    dequantized: float  # level × absmax, in the dtype of the tensor
     file_position: int | None = None
     """Where in the file the byte is, counted from its start; None if it is in memory."""
 
@@ -103,13 +94,8 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
     tensor its dtype, its shape and where its bytes begin; then the bytes. So one seek finds the
     byte that holds the weight, and another its block's constant.
 
-    Args:
-        path: a file with the keys of a `Linear4bit` without double quantisation.
-        name: of the quantised weight, such as `weight`.
-        index: of the weight in the tensor before quantisation.
-
-    Raises:
-        InspectionError: no such weight, no such name, or its constants are quantised too.
+    The file has the keys of a `Linear4bit` without double quantisation; `name` is that of the
+    quantised weight. Raises `InspectionError` for another kind of file, name or index.
 
     Source: the layout is the one of the safetensors README, "Format".
     """
@@ -161,12 +147,7 @@ def _flat_position(index: int | Sequence[int], shape: Sequence[int]) -> int:
 
 
 def _inspected(
-    position: int,
-    blocksize: int,
-    value: int,
-    constant: Tensor,
-    levels: Tensor,
-    dtype: torch.dtype,
+    position: int, blocksize: int, value: int, constant: Tensor, levels: Tensor, dtype: torch.dtype
 ) -> InspectedWeight:
     half = "low" if position % 2 else "high"
     code = value & 15 if position % 2 else value >> 4

@@ -39,10 +39,7 @@ class AdapterFileError(LoRAError):
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
     """Write the adapter of `model` as a folder that `PeftModel.from_pretrained` reads.
 
-    Args:
-        model: has adapted layers of one rank, alpha and dropout.
-        folder: is written whole or not at all.
-        base_model: the name or path of the base, for whoever loads it.
+    The folder is written whole or not at all, and names `base_model` for whoever loads it.
 
     Raises:
         LoRAError: there is no adapter, or its layers differ in rank, alpha or dropout.
@@ -129,14 +126,11 @@ def load_adapter(
     suffix = ".lora_A.weight"
     names = [n.removeprefix(PEFT_PREFIX)[: -len(suffix)] for n in tensors if n.endswith(suffix)]
     if lost := [name for name in names if name not in linear]:
+        starts = tuple(f"{name}." for name in lost)
         raise AdapterMismatchError(
             f"{len(lost)} of the adapted layers are no nn.Linear of this model: {_list(lost)}. Use "
             "the base model that the adapter was trained on",
-            [
-                n
-                for n in tensors
-                if n.removeprefix(PEFT_PREFIX).startswith(tuple(f"{name}." for name in lost))
-            ],
+            [n for n in tensors if n.removeprefix(PEFT_PREFIX).startswith(starts)],
         )
     try:
         add_lora(

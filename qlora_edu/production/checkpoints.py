@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.errors import CheckpointError, DamagedFileError, reading
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import atomic
 from qlora_edu.production.config import FinetuneConfig
 
 MANIFEST = "manifest.json"
@@ -169,7 +169,7 @@ def save_checkpoint(
     try:
         if target.exists():  # of a run that was resumed from before it, because it is damaged
             shutil.rmtree(target)
-        with whole_or_absent(target) as part:
+        with atomic.folder(target) as part:
             write(part)
             write_manifest(part, {"step": step, **metadata})
     except (OSError, SafetensorError) as error:

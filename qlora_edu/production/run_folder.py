@@ -24,7 +24,7 @@ from qlora_edu.errors import (
     RunExistsError,
     TrainingError,
 )
-from qlora_edu.files.atomic import whole_or_absent
+from qlora_edu.files import atomic
 from qlora_edu.production.checkpoints import (
     STACK,
     cannot_write,
@@ -234,7 +234,7 @@ def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
             yield Path(elsewhere)
         return
     try:
-        with whole_or_absent(folder) as part:
+        with atomic.folder(folder) as part:
             yield part
     except QloraError:
         raise

@@ -31,7 +31,6 @@ from qlora_edu.errors import (
     TrainingError,
 )
 from qlora_edu.files import atomic
-from qlora_edu.files.atomic import whole_or_absent
 from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.production import checkpoints as module
 from qlora_edu.production import run_folder
@@ -654,7 +653,7 @@ def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path, monkeypatc
         pytest.skip("no /proc to see what a descriptor stands for")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    with whole_or_absent(tmp_path / "made") as part:
+    with atomic.folder(tmp_path / "made") as part:
         (part / "sub").mkdir()
         (part / "sub" / "a").write_text("1")
         (part / "b").write_text("2")
