@@ -63,7 +63,7 @@ RANK = {
 }
 TWINS = {"blockwise", "codebooks", "paging", "files.host_tier"}
 # The budget of the design is 6,500 lines each; what is above it now only shrinks.
-LONGEST, METHOD, COURSE = 400, 9600, 7400
+LONGEST, METHOD, COURSE = 400, 8600, 7000
 
 
 def modules() -> dict[str, Path]:
