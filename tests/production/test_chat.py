@@ -170,7 +170,7 @@ def test_the_command_line(monkeypatch, capsys):
     "arguments, says",
     [
         (["--use", "nobody"], "no adapter 'nobody'"),
-        (["--adapter", "mine=no/such/folder"], "no folder 'no/such/folder'"),
+        (["--adapter", "mine=no/such/folder"], "cannot read the adapter in no/such/folder"),
         (["--adapter", "base=data/adapters/all"], "without an adapter"),
         (["--model", "no-such/model"], "no-such/model"),
         (["--temperature", "-1"], "temperature"),
@@ -186,6 +186,6 @@ def test_the_command_line_names_what_is_wrong(arguments, says, capsys, monkeypat
 def test_adapters_of_ones_own(capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
     folder = locate("data/adapters/record")
-    own = ["--adapter", f"mine={folder}", "--adapter", locate("data/adapters/all")]
+    own = ["--adapter", f"mine={folder}", "--adapter", f"all={locate('data/adapters/all')}"]
     assert main(["chat", *own, "--method", "lora"]) == 0
     assert "systems: base, mine, all; in use: all" in capsys.readouterr().out
