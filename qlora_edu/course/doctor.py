@@ -259,7 +259,13 @@ def check() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print every finding; 0 if nothing failed, otherwise 1."""
-    argparse.ArgumentParser(prog="qlora_edu doctor", description=main.__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="qlora_edu doctor", description=main.__doc__)
+    parser.add_argument("--progress", action="store_true", help="which exercises are solved here?")
+    if parser.parse_args(argv).progress:
+        from qlora_edu.course import progress
+
+        progress()
+        return 0
     findings = diagnose()
     for finding in findings:
         print(finding)

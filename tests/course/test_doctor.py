@@ -200,3 +200,12 @@ def test_the_doctor_comes_even_where_nothing_is_installed():
     assert "torch cannot be imported" in result.stdout
     assert "make setup" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_progress_is_told_instead_of_findings(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "progress.json"
+    path.write_text('{"2.3": "2026-01-01"}')
+    monkeypatch.setenv("QLORA_EDU_PROGRESS", str(path))
+    assert doctor.main(["--progress"]) == 0
+    told = capsys.readouterr().out
+    assert "chapter  2  ○○✓" in told and "1 of 66 exercises solved" in told and "Python" not in told
