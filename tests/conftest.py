@@ -24,6 +24,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # Not by MPLBACKEND, which a notebook kernel started by a test would inherit and draw nothing.
 matplotlib.use("agg")
 
+# What trains, starts processes, sweeps controls or plans many models: `make check` leaves it out.
+SLOW = {
+    *("test_claims.py", "test_gpu.py", "test_pages.py", "test_three_ways.py"),
+    *("test_explorers.py", "test_playground.py", "test_fake_step.py", "test_memory.py"),
+    *("test_checkpoints.py", "test_distributed.py", "test_serving.py", "test_threads.py"),
+    *("test_finetuning.py", "test_cli.py", "test_chat.py", "test_random_weights.py"),
+    *("test_data.py", "test_host_tier.py", "test_training.py", "test_evaluation.py"),
+}
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -38,3 +47,9 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker("slow")
