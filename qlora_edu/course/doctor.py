@@ -264,11 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     if parser.parse_args(argv).progress:
         from qlora_edu.course import progress
 
-        progress()
-        return 0
+        return progress() or 0
     findings = diagnose()
-    for finding in findings:
-        print(finding)
+    print(*findings, sep="\n")
     failed = sum(finding.status == "FAIL" for finding in findings)
     print(f"\n{failed} of {len(findings)} checks failed" if failed else "\nready: make lab")
     return 1 if failed else 0
