@@ -189,12 +189,16 @@ def test_no_argument_can_be_ignored_or_taken_for_another(name):
         assert exercise.judge(answer).mark == mark, f"{pair}, swapped: {exercise.judge(answer)}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_later_cells_that_need_an_answer_take_the_readers_own_or_the_right_one(name):
+def cells_that_use(name: str) -> list[str]:
+    """The code cells after an exercise's check that name its function."""
     end, function = place_of_check(name)
     later = [c.source for c in notebook(name).cells[end + 1 :] if c.cell_type == "code"]
-    if not any(re.search(rf"\b{function}\b", source) for source in later):
-        return  # an exercise at the end of the road: nothing later needs it
+    return [source for source in later if re.search(rf"\b{function}\b", source)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if cells_that_use(name)])
+def test_later_cells_that_need_an_answer_take_the_readers_own_or_the_right_one(name):
+    (_, function), later = place_of_check(name), cells_that_use(name)
     assert any(
         re.search(rf"^{function} = exercises\.{name}\.answer\b", source, re.MULTILINE)
         or re.search(rf"^from qlora_edu\S* import .*\b{function}\b", source, re.MULTILINE)
