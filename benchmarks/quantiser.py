@@ -16,7 +16,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora_edu import quantize
 from qlora_edu.compat import quiet
-from qlora_edu.kernels import CompilerError
+from qlora_edu.errors import NotReadyError
 
 BIG, SECONDS = (4096, 4096), 1.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +64,7 @@ def beside_bitsandbytes(shape: tuple, dtype: str, levels: str, blocksize: int, d
     rows = [row(f"quantize {name}", lambda: quantize(weight, **settings), "bitsandbytes", theirs)]
     try:
         fast = quantize(weight, **settings, compiled=True)
-    except CompilerError as error:
+    except NotReadyError as error:
         print(f"{name}: {error}")
     else:
         assert torch.equal(fast.packed, packed)

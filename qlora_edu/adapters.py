@@ -24,29 +24,6 @@ LISTED = 6  # tensors named in an error message
 _PARTS = ("lora_A", "lora_B")
 
 
-class AdapterMismatchError(LoRAError):
-    """Adapter tensors do not fit the model; nothing has been loaded.
-
-    Attributes:
-        tensors: the names of all that do not fit, under PEFT's names; the message lists the first.
-
-    >>> AdapterMismatchError("1 tensor does not fit", ["base_model.model.0.lora_A.weight"]).tensors
-    ('base_model.model.0.lora_A.weight',)
-    """
-
-    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.tensors = tuple(tensors)
-
-
-class DamagedAdapterError(LoRAError):
-    """An adapter is empty, or holds NaN or infinity; nothing has been loaded."""
-
-
-class UntrainedAdapterError(LoRAError):
-    """Every `B` of an adapter is zero, so that it would change nothing."""
-
-
 def find_linear_layers(
     model: nn.Module, target_modules: str | Sequence[str] = "all-linear", skip: Sequence[str] = ()
 ) -> list[str]:
@@ -243,10 +220,9 @@ def load_adapters(
     `allow_untrained` takes an adapter whose `B` are all zero, too.
 
     Raises:
-        AdapterMismatchError: a tensor is missing, left over, of another shape or no floating one: a
+        LoRAError: a tensor is missing, left over, of another shape or no floating one: a
             list in the message, all of them in its `tensors`.
-        DamagedAdapterError: there is no tensor at all, or one holds NaN or infinity.
-        UntrainedAdapterError: every `B` is zero.
+        LoRAError: there is no tensor at all, one holds NaN or infinity, or every `B` is zero.
         LoRAError: a layer is merged, or the model has no adapted layer.
     """
     own = adapter_tensors(model)
@@ -268,7 +244,7 @@ def check_tensors(
     `own` are the tensors that the model has places for; `load_adapters` raises the same errors.
     """
     if not tensors:
-        raise DamagedAdapterError("the adapter is empty: no tensor was saved, or the file was cut")
+        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
     faults = {name: f"{name} is missing from the adapter" for name in own if name not in tensors}
     faults |= {name: f"{name} is not a tensor of this model" for name in tensors if name not in own}
     faults |= {
@@ -282,18 +258,18 @@ def check_tensors(
         if name not in faults and not tensor.is_floating_point()
     }
     if faults:
-        raise AdapterMismatchError(
+        raise LoRAError(
             f"{len(faults)} tensors do not fit: {_list(faults.values())}. Use the base model, "
             "the target modules and the rank that the adapter was trained with",
             faults,
         )
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
-        raise DamagedAdapterError(f"NaN or infinity in {_list(bad)}: the adapter is damaged")
+        raise LoRAError(f"NaN or infinity in {_list(bad)}: the adapter is damaged")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name
     ):
-        raise UntrainedAdapterError(
+        raise LoRAError(
             f"B is zero in all {len(own) // 2} layers, so this adapter changes nothing: it was "
             "saved before training, or training did not reach it. allow_untrained=True loads it"
         )

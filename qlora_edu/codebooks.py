@@ -19,10 +19,6 @@ from qlora_edu.errors import QuantizationError
 LEVELS = ("nf4", "fp4", "int4", "fp4-e2m1", "fp4-e3m0", "af4")
 
 
-class UnknownLevelsError(QuantizationError):
-    """The codebook asked for does not exist, or is no codebook."""
-
-
 def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
     """Derive the NormalFloat levels from the quantiles of N(0, 1).
 
@@ -260,7 +256,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
         levels: one of `LEVELS`, or a 1-D floating tensor of 2 to 16 finite levels in [-1, 1].
         blocksize: of the blocks to be quantised; only "af4" depends on it.
 
-    Returns the levels in the order of their codes, float32, 1-D. Raises `UnknownLevelsError`.
+    Returns the levels in the order of their codes, float32, 1-D. Raises `QuantizationError`.
 
     >>> get_levels("int4").shape
     torch.Size([15])
@@ -276,7 +272,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
         "af4": lambda: af4_levels(blocksize),
     }
     if not isinstance(levels, str) or levels not in builders:
-        raise UnknownLevelsError(
+        raise QuantizationError(
             f"unknown levels {levels!r}: name one of {', '.join(LEVELS)}, or pass a tensor"
         )
     return builders[levels]()
@@ -284,13 +280,13 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
 
 def _checked(levels: Tensor) -> Tensor:
     if levels.dim() != 1 or not 2 <= levels.numel() <= 16 or not levels.is_floating_point():
-        raise UnknownLevelsError(
+        raise QuantizationError(
             "levels must be a 1-D floating tensor of 2 to 16 entries, got "
             f"shape {tuple(levels.shape)}, {levels.dtype}"
         )
     levels = levels.detach().float().clone()  # a later change by the caller must not reach us
     if not (levels.abs() <= 1).all():
-        raise UnknownLevelsError(f"levels must be finite and lie in [-1, 1], got {levels.tolist()}")
+        raise QuantizationError(f"levels must be finite and lie in [-1, 1], got {levels.tolist()}")
     return levels
 
 

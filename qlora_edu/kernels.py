@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_edu.blockwise import SMALLEST_ABSMAX, pack_nibbles, unpack_nibbles
 from qlora_edu.codebooks import assign
-from qlora_edu.errors import QuantizationError
+from qlora_edu.errors import NotReadyError, QuantizationError
 from qlora_edu.files.host_tier import StreamCopier, ThreadCopier
 from qlora_edu.paging import PagedAdamW
 
@@ -34,10 +34,6 @@ UNPACKING: ContextVar[Callable[[], AbstractContextManager[object]] | None] = Con
     "UNPACKING", default=None
 )
 """Makes a context manager that is entered around each chunk that is unpacked; None: nothing is."""
-
-
-class CompilerError(QuantizationError):
-    """The quantiser could not be compiled on this machine."""
 
 
 def chunk_size(device: torch.device, chunks: int = 1) -> int:
@@ -76,7 +72,7 @@ def quantize_blockwise(
 
     Raises:
         QuantizationError: more than 16 levels.
-        CompilerError: `compiled`, and no compiler.
+        NotReadyError: `compiled`, and no compiler.
     """
     if len(levels) > 16:
         raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
@@ -131,7 +127,7 @@ def _compiled_quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor
     try:
         return _compile()(blocks, midpoints)
     except RuntimeError as error:
-        raise CompilerError(
+        raise NotReadyError(
             "compiled=True needs a C++ compiler and Python's headers (on Debian: apt-get install "
             "g++ python3-dev), on a GPU Triton too; without compiled=True the result is the "
             "same, to the byte"

@@ -153,7 +153,7 @@ class PagedAdamW(HostTierAdamW):
 
     Raises:
         PagingError: a budget below one page, or what the plain update would have to ignore.
-        HostTierError: no room for the states. In every case nothing has been changed.
+        PagingError: no room for the states. In every case nothing has been changed.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Paged Optimizers".
 

@@ -20,22 +20,6 @@ from qlora_edu.double_quant import (
 from qlora_edu.errors import QuantizationError
 
 
-class NonFiniteError(QuantizationError):
-    """The tensor holds NaN or infinity, which would spoil every weight of its block."""
-
-
-class BlocksizeError(QuantizationError):
-    """The block size is not one of `BLOCKSIZES`."""
-
-
-class DtypeError(QuantizationError, TypeError):
-    """The tensor is of a type that cannot be quantised, or was asked to become one."""
-
-
-class StateDictError(QuantizationError):
-    """A state dict does not describe a quantised tensor."""
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """A tensor held in 4 bits per value; `quantize` makes one.
@@ -151,13 +135,13 @@ class QuantizedTensor:
         """Copy to a device. The dtype of the values is chosen by `dequantize(dtype)`.
 
         Raises:
-            DtypeError: for a dtype; the packed bytes are never converted.
+            QuantizationError: for a dtype; the packed bytes are never converted.
 
         >>> quantize(torch.ones(64)).to("cpu").device
         device(type='cpu')
         """
         if not isinstance(device, torch.device | str | int):
-            raise DtypeError(
+            raise QuantizationError(
                 f"a QuantizedTensor moves to a device and is never converted, so not to {device}: "
                 "dequantize(dtype) gives its values in another dtype"
             )
@@ -197,7 +181,7 @@ class QuantizedTensor:
         """Rebuild from the keys that `state_dict`, or a bitsandbytes `Linear4bit`, has written.
 
         Raises:
-            StateDictError: a key is missing, or the tensors do not fit what they claim to be.
+            QuantizationError: a key is missing, or the tensors do not fit what they claim to be.
 
         >>> quantized = quantize(torch.ones(3), double_quant=False)
         >>> QuantizedTensor.from_state_dict(quantized.state_dict()).dequantize()
@@ -235,7 +219,7 @@ class QuantizedTensor:
 
 def _take(state: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in state:
-        raise StateDictError(f"the state dict has no key {key!r}: it is not whole")
+        raise QuantizationError(f"the state dict has no key {key!r}: it is not whole")
     return state[key].detach()
 
 
@@ -244,7 +228,7 @@ def _read_metadata(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     start = f"{prefix}.quant_state.bitsandbytes__"
     keys = [key for key in state if key.startswith(start)]
     if len(keys) != 1:
-        raise StateDictError(
+        raise QuantizationError(
             f"expected one key {start}<levels> in the state dict, found {keys or 'none'}: "
             f"check the prefix, and that {prefix!r} was saved after quantisation"
         )
@@ -261,9 +245,9 @@ def _read_metadata(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
             and min(metadata["shape"], default=0) >= 0
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise StateDictError(f"{keys[0]} is damaged: {error!r}") from error
+        raise QuantizationError(f"{keys[0]} is damaged: {error!r}") from error
     if not valid:
-        raise StateDictError(f"{keys[0]} describes no tensor that fits here: {metadata}")
+        raise QuantizationError(f"{keys[0]} describes no tensor that fits here: {metadata}")
     return metadata
 
 
@@ -284,7 +268,7 @@ def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
         wanted += [(".absmax", quantized.constants, torch.float32, blocks)]
     for suffix, tensor, dtype, size in wanted:
         if tensor.dtype != dtype or tensor.numel() != size:
-            raise StateDictError(
+            raise QuantizationError(
                 f"{prefix}{suffix} holds {tensor.numel()} x {tensor.dtype}, but shape "
                 f"{tuple(quantized.shape)} in blocks of {quantized.blocksize} asks for "
                 f"{size} x {dtype}"
@@ -292,11 +276,11 @@ def _check_fit(quantized: QuantizedTensor, prefix: str) -> None:
     try:
         n_levels = len(get_levels(quantized.levels))
     except QuantizationError as error:
-        raise StateDictError(f"{prefix}.quant_map: {error}") from error
+        raise QuantizationError(f"{prefix}.quant_map: {error}") from error
     if n_levels < 16 and n and int(unpack_nibbles(quantized.packed, n).max()) >= n_levels:
-        raise StateDictError(f"{prefix} holds a code beyond its {n_levels} levels")
+        raise QuantizationError(f"{prefix} holds a code beyond its {n_levels} levels")
     if not quantized.absmax.isfinite().all():
-        raise StateDictError(
+        raise QuantizationError(
             f"{prefix}: a block constant is NaN or infinite, so the file is damaged"
         )
 
@@ -318,9 +302,8 @@ def quantize(
         compiled: many times faster, after some seconds of compiling.
 
     Raises:
-        DtypeError, BlocksizeError, UnknownLevelsError: one of the arguments cannot be used.
-        NonFiniteError: `weight` holds NaN or infinity.
-        CompilerError: `compiled`, and no compiler.
+        QuantizationError: an argument cannot be used, or `weight` holds NaN or infinity.
+        NotReadyError: `compiled`, and no compiler.
 
     Source: QLoRA (arXiv 2305.14314) section 3; for "nf4" and "fp4" equals bitsandbytes
     `quantize_4bit(..., compress_statistics=double_quant)` on a CPU, to the byte.
@@ -346,20 +329,20 @@ def quantize(
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse, by `DtypeError`, what is no tensor or of another dtype than `DTYPES`."""
+    """Refuse, by `QuantizationError`, what is no tensor or of another dtype than `DTYPES`."""
     if not isinstance(weight, Tensor):
-        raise DtypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+        raise QuantizationError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise DtypeError(
+        raise QuantizationError(
             f"cannot quantise a tensor of dtype {weight.dtype}: convert it to one of {names}"
         )
 
 
 def check_blocksize(blocksize: int) -> None:
-    """Refuse, by `BlocksizeError`, a block size that is not one of `BLOCKSIZES`."""
+    """Refuse, by `QuantizationError`, a block size that is not one of `BLOCKSIZES`."""
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise BlocksizeError(
+        raise QuantizationError(
             f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
         )
 
@@ -367,7 +350,7 @@ def check_blocksize(blocksize: int) -> None:
 def _refuse_non_finite(weight: Tensor) -> None:
     bad = (~torch.isfinite(weight)).nonzero()
     first = tuple(bad[0].tolist())
-    raise NonFiniteError(
+    raise QuantizationError(
         f"weight holds {len(bad)} non-finite value(s), the first, {weight[first].item()}, at "
         f"index {first}: repair the checkpoint or replace them before quantising"
     )

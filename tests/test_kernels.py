@@ -271,10 +271,11 @@ def test_without_a_compiler_the_way_out_is_named(tmp_path):
     script = """
 import torch
 from qlora_edu import kernels, quantize
+from qlora_edu.errors import NotReadyError
 
 try:
     quantize(torch.randn(4 * kernels.CHUNK), compiled=True)
-except kernels.CompilerError as error:
+except NotReadyError as error:
     print(error)
 """
     # A compiler that always fails, and no cache of what another one has compiled before.

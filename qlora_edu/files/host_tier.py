@@ -28,10 +28,6 @@ NEVER_PAGED = 100_000  # elements below which bitsandbytes keeps states in ordin
 UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 
-class HostTierError(OSError, PagingError):
-    """The states found no room: a full disk, a folder that is missing or read-only."""
-
-
 # Where the pages wait
 
 
@@ -43,7 +39,7 @@ def reserve_states(
     All parameters are on one device, which decides between pinned memory and a file in `folder`.
 
     Raises:
-        HostTierError: there is no room, or no such folder.
+        PagingError: there is no room, or no such folder.
 
     >>> weight = torch.ones(2, 1)
     >>> reserve_states([weight], folder=None)[weight]
@@ -63,7 +59,7 @@ def _pinned_memory(nbytes: int) -> Tensor:
     try:
         return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
-        raise HostTierError(
+        raise PagingError(
             f"cannot pin {nbytes:,} bytes for optimizer states ({error}): free some memory"
         ) from error
 
@@ -85,7 +81,7 @@ def _file_memory(nbytes: int, folder: str | os.PathLike | None) -> Tensor:
         room = "there is no such folder" if free is None else f"{free:,} bytes are free there"
         what = f"cannot reserve {nbytes:,} bytes for optimizer states in {folder}"
         remedy = "pass a folder= that has room and can be written to"
-        raise HostTierError(error.errno, f"{what} ({error.strerror}; {room}): {remedy}") from error
+        raise PagingError(f"{what} ({error.strerror}; {room}): {remedy}") from error
 
 
 def _fill(file: Any, nbytes: int) -> None:

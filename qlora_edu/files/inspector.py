@@ -11,10 +11,6 @@ from torch import Tensor
 from qlora_edu.errors import QuantizationError
 
 
-class InspectionError(QuantizationError):
-    """The weight asked for is not to be found in the tensor or the file."""
-
-
 class InspectedWeight(NamedTuple):
     """One weight of a quantised tensor, followed from its place to its bits and back."""
 
@@ -68,7 +64,7 @@ def inspect_weight(
         dtype: of the weights before quantisation.
 
     Raises:
-        InspectionError: there is no such weight.
+        QuantizationError: there is no such weight.
 
     >>> packed, levels = torch.tensor([[0x0F]], dtype=torch.uint8), torch.linspace(-1, 1, 16)
     >>> found = inspect_weight(packed, torch.tensor([3.0]), levels, 64, (1, 2), (0, 1))
@@ -78,7 +74,7 @@ def inspect_weight(
     position = _flat_position(index, shape)
     block, byte = position // blocksize, position // 2
     if packed.numel() <= byte or absmax.numel() <= block:
-        raise InspectionError(
+        raise QuantizationError(
             f"{packed.numel()} byte(s) and {absmax.numel()} constant(s) do not hold weight "
             f"{position} of shape {tuple(shape)} in blocks of {blocksize}"
         )
@@ -95,7 +91,7 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
     byte that holds the weight, and another its block's constant.
 
     The file has the keys of a `Linear4bit` without double quantisation; `name` is that of the
-    quantised weight. Raises `InspectionError` for another kind of file, name or index.
+    quantised weight. Raises `QuantizationError` for another kind of file, name or index.
 
     Source: the layout is the one of the safetensors README, "Format".
     """
@@ -105,7 +101,7 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
 
         def read(key: str, start: int = 0, length: int | None = None) -> bytes:
             if key not in header:
-                raise InspectionError(f"{path} holds no tensor {key!r}")
+                raise QuantizationError(f"{path} holds no tensor {key!r}")
             begin, end = header[key]["data_offsets"]
             if length is None:
                 length = end - begin - start
@@ -114,7 +110,7 @@ def inspect_file(path: str | Path, name: str, index: int | Sequence[int]) -> Ins
 
         keys = [key for key in header if key.startswith(f"{name}.quant_state.bitsandbytes__")]
         if len(keys) != 1 or f"{name}.nested_absmax" in header:
-            raise InspectionError(
+            raise QuantizationError(
                 f"{name!r} of {path} is not a 4-bit weight with plain float32 constants"
                 + (": it is double-quantised, see chapter 3" if keys else "")
             )
@@ -139,7 +135,7 @@ def _flat_position(index: int | Sequence[int], shape: Sequence[int]) -> int:
     if len(indices) != len(shape) or any(
         not -n <= i < n for i, n in zip(indices, shape, strict=True)
     ):
-        raise InspectionError(f"no weight at index {indices} of a tensor of shape {tuple(shape)}")
+        raise QuantizationError(f"no weight at index {indices} of a tensor of shape {tuple(shape)}")
     position = 0
     for i, n in zip(indices, shape, strict=True):
         position = position * n + i % n
@@ -152,7 +148,7 @@ def _inspected(
     half = "low" if position % 2 else "high"
     code = value & 15 if position % 2 else value >> 4
     if code >= levels.numel():
-        raise InspectionError(f"code {code} is beyond the {levels.numel()} levels of the table")
+        raise QuantizationError(f"code {code} is beyond the {levels.numel()} levels of the table")
     return InspectedWeight(
         position=position,
         block=position // blocksize,

@@ -10,8 +10,6 @@ from torch import nn
 from qlora_edu.adapters import (
     _PARTS,
     PEFT_PREFIX,
-    AdapterMismatchError,
-    DamagedAdapterError,
     _list,
     adapter_tensors,
     add_lora,
@@ -30,10 +28,6 @@ _HARMLESS = {
     "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core",
     "qalora_group_size",
 }  # fmt: skip
-
-
-class AdapterFileError(LoRAError):
-    """A folder is no adapter, or one of a kind that these layers cannot hold."""
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
@@ -88,7 +82,7 @@ def load_adapter(
         The contents of `adapter_config.json`.
 
     Raises:
-        AdapterFileError: a file is missing or unreadable, or the adapter is of a kind (DoRA,
+        LoRAError: a file is missing or unreadable, or the adapter is of a kind (DoRA,
             rsLoRA, ranks that vary, whole modules saved) that these layers cannot hold.
         LoRAError: in the kinds of `load_adapters`; the model is then as it was.
     """
@@ -101,10 +95,10 @@ def load_adapter(
         tensors = load_file(folder / "adapter_model.safetensors")
         r, lora_alpha, bias = config["r"], config["lora_alpha"], config.get("bias", "none")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise AdapterFileError(f"{folder} holds no adapter to be read: {error!r}") from error
+        raise LoRAError(f"{folder} holds no adapter to be read: {error!r}") from error
     _refuse_other_kinds(config)
     if not tensors:
-        raise DamagedAdapterError(f"{folder} holds an empty adapter: not one tensor was saved")
+        raise LoRAError(f"{folder} holds an empty adapter: not one tensor was saved")
     layers = lora_layers(model)
     others = {
         name: f"{name} has r={layer.r}, lora_alpha={layer.lora_alpha}"
@@ -112,7 +106,7 @@ def load_adapter(
         if (layer.r, layer.lora_alpha) != (r, lora_alpha)
     }
     if others:
-        raise AdapterMismatchError(
+        raise LoRAError(
             f"the adapter has r={r}, lora_alpha={lora_alpha}, but {_list(others.values())}; the "
             "outputs would be scaled wrongly",
             [f"{PEFT_PREFIX}{name}.{part}.weight" for name in others for part in _PARTS],
@@ -127,7 +121,7 @@ def load_adapter(
     names = [n.removeprefix(PEFT_PREFIX)[: -len(suffix)] for n in tensors if n.endswith(suffix)]
     if lost := [name for name in names if name not in linear]:
         starts = tuple(f"{name}." for name in lost)
-        raise AdapterMismatchError(
+        raise LoRAError(
             f"{len(lost)} of the adapted layers are no nn.Linear of this model: {_list(lost)}. Use "
             "the base model that the adapter was trained on",
             [n for n in tensors if n.removeprefix(PEFT_PREFIX).startswith(starts)],
@@ -152,12 +146,12 @@ def load_adapter(
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise AdapterFileError(f"the adapter is of type {config.get('peft_type')!r}, not 'LORA'")
+        raise LoRAError(f"the adapter is of type {config.get('peft_type')!r}, not 'LORA'")
     other = {k: v for k, v in config.items() if k not in _HARMLESS and v}
     init = config.get("init_lora_weights", True)
     if init not in (True, False, "gaussian"):
         other["init_lora_weights"] = init  # it has changed the base, too
     if other:
-        raise AdapterFileError(
+        raise LoRAError(
             f"the adapter uses {other}, which plain LoRA layers cannot hold; load it with PEFT"
         )

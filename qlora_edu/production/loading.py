@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_edu.adapters import PEFT_PREFIX, AdapterMismatchError, check_tensors
+from qlora_edu.adapters import PEFT_PREFIX, check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.errors import (
     CheckpointError,
@@ -23,7 +23,6 @@ from qlora_edu.errors import (
     reading,
 )
 from qlora_edu.files import ROOT
-from qlora_edu.files.peft_format import AdapterFileError
 from qlora_edu.production.checkpoints import fingerprint, verify_manifest
 from qlora_edu.production.config import FinetuneConfig, did_you_mean
 from qlora_edu.text.conversations import GUANACO_TEMPLATE
@@ -164,7 +163,7 @@ def attach_adapter(
         # PEFT keeps adapters in a ModuleDict, whose names are parts of a path.
         raise LoRAError(f"an adapter cannot be called {name!r}; choose a name without a dot")
     advice = "a folder with adapter_model.safetensors and adapter_config.json is wanted"
-    with reading(f"the adapter in {folder}", AdapterFileError, advice):
+    with reading(f"the adapter in {folder}", LoRAError, advice):
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
         _check_adapter(config, tensors)
@@ -177,7 +176,7 @@ def attach_adapter(
     }
     left_out = sorted(n for n in linear if n.rpartition(".")[2] in kinds and n not in changed)
     if left_out and not allow_partial and not getattr(config, "layers_to_transform", None):
-        raise AdapterMismatchError(
+        raise LoRAError(
             f"the adapter in {folder} leaves out {len(left_out)} layers of the kinds that it "
             f"changes ({left_out[0]}, …): the base is deeper than its own. Use the base that it "
             "was trained on, or allow_partial=True if some blocks were left out on purpose",
@@ -207,17 +206,17 @@ def attach_adapter(
 def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse, before a base is touched, settings that no LoRA adapter has."""
     if not hasattr(config, "lora_alpha"):
-        raise AdapterFileError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
+        raise LoRAError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
     alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
-            raise AdapterFileError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
+            raise LoRAError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
     if not isinstance(config.target_modules, str | list | tuple | set):
-        raise AdapterFileError(f"target_modules must be names, not {config.target_modules!r}")
+        raise LoRAError(f"target_modules must be names, not {config.target_modules!r}")
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
-            raise AdapterMismatchError(
+            raise LoRAError(
                 f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
                 f"{config.r}; take both files from one place",
                 [name],

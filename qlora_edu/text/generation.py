@@ -15,10 +15,6 @@ from qlora_edu.errors import GenerationError
 from qlora_edu.text.conversations import Message, encode_prompt, pad, require_counts
 
 
-class PromptTooLongError(GenerationError):
-    """The prompt leaves the model no room to answer in."""
-
-
 def next_token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_p: float = 1.0
 ) -> Tensor:
@@ -76,7 +72,7 @@ def generate_tokens(
     evaluation mode; the token `end` is not yielded; draws come from `generator` and nothing else.
 
     Raises:
-        PromptTooLongError: if a prompt fills the positions that the model knows.
+        GenerationError: if a prompt fills the positions that the model knows.
         GenerationError: for an empty prompt or a bad setting.
     """
     check_sampling(temperature, top_p)
@@ -87,7 +83,7 @@ def generate_tokens(
     # The room may run out before max_new_tokens do.
     room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens)
     if longest >= room:
-        raise PromptTooLongError(
+        raise GenerationError(
             f"the prompt has {longest:,} tokens, and the model knows {room:,} positions, its own "
             "answer included; shorten the prompt, or begin a new conversation"
         )

@@ -8,7 +8,6 @@ from qlora_edu.files import ROOT
 from qlora_edu.production.chat import EXAMPLE, Chat, converse, load_chat
 from qlora_edu.production.loading import locate
 from qlora_edu.text.conversations import read_conversations
-from qlora_edu.text.generation import PromptTooLongError
 
 ROW = read_conversations(locate("data/tasks/test.jsonl"))[2]
 QUESTION, WANTED = (message["content"] for message in ROW)
@@ -88,7 +87,7 @@ def test_each_system_remembers_its_own_conversation(chat):
     [
         (" \n", "all", GenerationError, "empty"),
         ("Who?", "everything", LoRAError, "there are base, absent"),
-        ("word " * 5000, "all", PromptTooLongError, "shorten the prompt"),
+        ("word " * 5000, "all", GenerationError, "shorten the prompt"),
     ],
 )
 def test_what_cannot_be_answered_is_said(chat, message, system, error, says):

@@ -11,7 +11,6 @@ from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import attach_adapter, load_base, locate
 from qlora_edu.text.conversations import read_conversations
 from qlora_edu.text.generation import (
-    PromptTooLongError,
     generate_tokens,
     next_token_probabilities,
     sample_answers,
@@ -174,7 +173,7 @@ def test_it_stops_at_the_end_token_at_the_limit_and_where_positions_end(tuned, p
     assert 0 < len(steps) <= 4 and all(end not in step for step in steps)
     nearly = [[9] * (positions - 2)]
     assert len(list(generate_tokens(model, nearly, -1, max_new_tokens=50))) == 2
-    with pytest.raises(PromptTooLongError, match=f"{positions:,} positions"):
+    with pytest.raises(GenerationError, match=f"{positions:,} positions"):
         next(generate_tokens(model, [[9] * positions], end))
 
 
