@@ -7,7 +7,6 @@ with the question how far it would have moved with other prompts or another orde
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_edu.comparison import Interval
-from qlora_edu.errors import EvaluationError, reading
+from qlora_edu.errors import EvaluationError
+from qlora_edu.text.conversations import read_jsonl
 
 K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
 MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
-Row = Mapping[str, Any]
-"""`{"prompt": str, "answers": {system: str}}`, and maybe `"wanted"`, the right answer."""
 ROW = '{"prompt": "…", "answers": {"one system": "…", "another": "…"}}'
-
-Judge = Callable[[Row, str, str], float]
-"""`judge(row, first, second)`: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
+Row = Mapping[str, Any]  # of that form, and maybe with "wanted", the right answer
+Judge = Callable[[Row, str, str], float]  # 1: the first answer is better; 0.5: a tie; 0: not
 
 
 class Game(NamedTuple):
@@ -41,38 +38,24 @@ class Game(NamedTuple):
 # Answers and judges
 
 
-def read_answers(path: str | Path) -> list[dict[str, Any]]:
+def read_answers(path: str | Path) -> list[Row]:
     """Read answers to compare: JSONL, one prompt per line, with the answer of each system.
 
     Raises:
-        EvaluationError: naming file and line, if a line is no such row, has fewer than two systems,
-            or others than the first line.
+        DataError: naming file and line, if it is no JSONL.
+        EvaluationError: if a line has another form, or answers of others than the first line.
     """
-    rows: list[dict[str, Any]] = []
-    with reading(path, EvaluationError, "answers are wanted as JSONL in UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        with reading(where, EvaluationError, f"write {ROW} in one line"):
-            row = json.loads(line)
-        _check_row(row, where)
-        if rows and row["answers"].keys() != rows[0]["answers"].keys():
-            mine, first = sorted(row["answers"]), sorted(rows[0]["answers"])
-            found = f"{where} has answers of {mine}, the first line of {first}"
+    rows: list[Row] = []
+    for where, row in read_jsonl(Path(path)):
+        answers = row.get("answers") if isinstance(row, dict) else None
+        texts = [row.get("prompt"), *answers.values()] if isinstance(answers, dict) else []
+        if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+            raise EvaluationError(f"{where}: write {ROW}, all of it text, and not {str(row)[:60]}")
+        if rows and answers.keys() != rows[0]["answers"].keys():
+            found = f"{where} has answers of {sorted(answers)}, the first line of others"
             raise EvaluationError(f"{found}; every system must answer every prompt")
         rows.append(row)
-    if not rows:
-        raise EvaluationError(f"{path} holds no rows; write {ROW} in each line")
     return rows
-
-
-def _check_row(row: Any, where: str) -> None:
-    answers = row.get("answers") if isinstance(row, dict) else None
-    texts = [row.get("prompt"), *answers.values()] if isinstance(answers, dict) else []
-    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-        raise EvaluationError(f"{where}: write {ROW}, all of it text, and not {str(row)[:60]!r}")
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
@@ -165,8 +148,7 @@ def elo_over_orders(
     {'a': 1015, 'b': 985}
     """
     systems = _systems(games)
-    index = {name: i for i, name in enumerate(systems)}
-    first, second = (np.array([index[game[side]] for game in games]) for side in (0, 1))
+    first, second = (np.array([systems.index(game[side]) for game in games]) for side in (0, 1))
     score = np.array([game.score for game in games])
     rng, ratings = np.random.default_rng(seed), np.full((orders, len(systems)), float(START))
     for at in range(0, orders, 1000):  # all orders together would take a gigabyte
@@ -194,11 +176,9 @@ def bradley_terry(games: Sequence[Game]) -> dict[str, float]:
     >>> {name: round(rating) for name, rating in bradley_terry(games).items()}
     {'a': 1200, 'b': 800}
     """
-    systems = _systems(games)
-    wins = _wins(games, systems).sum(axis=0)
-    _check_connected(wins, systems)
-    ratings = _fit(wins[None])[0]
-    return dict(zip(systems, (float(START + rating) for rating in ratings), strict=True))
+    systems, points = _points(games)
+    ratings = START + _fit(points.sum(axis=0)[None])[0]
+    return dict(zip(systems, ratings.tolist(), strict=True))
 
 
 def bradley_terry_over_rows(
@@ -209,38 +189,29 @@ def bradley_terry_over_rows(
     The interval answers: *had there been other prompts like these?* Half a tie between every two
     systems is added in each round, so that no rating is infinite because of the draw.
     """
-    systems = _systems(games)
-    wins = _wins(games, systems)
-    _check_connected(wins.sum(axis=0), systems)
-    shares = np.full(len(wins), 1 / len(wins))
-    draws = np.random.default_rng(seed).multinomial(len(wins), shares, size=rounds)
-    drawn = np.einsum("bn,nij->bij", draws, wins) + 0.25 * (1 - np.eye(len(systems)))
-    centre = _fit(wins.sum(axis=0)[None])[0]
-    return _intervals(systems, START + centre, START + _fit(drawn))
+    systems, points = _points(games)
+    shares = np.full(len(points), 1 / len(points))
+    draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
+    drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
+    return _intervals(systems, START + _fit(points.sum(axis=0)[None])[0], START + _fit(drawn))
 
 
 def relative_score(
     scores: Sequence[float], reference: Sequence[float], rounds: int = 2000, seed: int = 0
 ) -> Interval:
-    """Vicuna's measure: the sum of a system's scores as a percentage of the reference's.
+    """Vicuna's measure: the sum of a system's marks as a percentage of the reference's.
 
-    Both are a judge's marks (of 10, say) for the answers to the same prompts. The interval comes
-    from prompts drawn anew. It is a share of *marks*: 99 % means that the judge gave nearly as
-    many, and not that 99 of 100 answers were as good.
+    Both are marks (of 10, say) for the answers to the same prompts; the interval comes from prompts
+    drawn anew. 99 % means that the judge gave nearly as many marks, and no more.
 
     >>> relative_score([8, 6, 7], [8, 8, 8]).mean
     87.5
     """
-    mine, theirs = np.asarray(scores, float), np.asarray(reference, float)
-    if mine.shape != theirs.shape or mine.ndim != 1 or not len(mine):
-        raise EvaluationError(
-            f"{mine.size} scores beside {theirs.size}: give one score of each for every prompt"
-        )
-    if theirs.min() < 0 or theirs.sum() <= 0:
-        raise EvaluationError("the reference has no marks, or negative ones; give marks above 0")
+    if not len(scores) == len(reference) > 0 or min(reference) <= 0:
+        raise EvaluationError("give marks of both for every prompt, the reference's above 0")
+    mine, theirs = np.array([scores, reference], dtype=float)
     draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
-    totals = theirs[draws].sum(axis=1)
-    shares = 100 * mine[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
+    shares = 100 * mine[draws].sum(axis=1) / theirs[draws].sum(axis=1)
     low, high = np.quantile(shares, MIDDLE)
     return Interval(float(100 * mine.sum() / theirs.sum()), float(low), float(high))
 
@@ -251,22 +222,19 @@ def _systems(games: Sequence[Game]) -> list[str]:
     return list(dict.fromkeys(name for game in games for name in game[:2]))
 
 
-def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
-    """Points that system i took from system j in each row: `[rows, systems, systems]`."""
-    index = {name: i for i, name in enumerate(systems)}
-    rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
-    wins = np.zeros((len(rows), len(systems), len(systems)))
-    for first, second, score, row in games:
-        wins[rows[row], index[first], index[second]] += score
-        wins[rows[row], index[second], index[first]] += 1 - score
-    return wins
-
-
-def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
-    """Make sure of a maximum: each system took points from each other, maybe by way of others."""
+def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
+    """The systems, and the points that i took from j in each row: `[rows, systems, systems]`."""
     from scipy.sparse.csgraph import connected_components
 
-    count, group = connected_components(wins > 0, connection="strong")
+    systems = _systems(games)
+    index = {name: i for i, name in enumerate(systems)}
+    rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
+    points = np.zeros((len(rows), len(systems), len(systems)))
+    for first, second, score, row in games:
+        points[rows[row], index[first], index[second]] += score
+        points[rows[row], index[second], index[first]] += 1 - score
+    # There is a maximum if each system took points from each other, maybe by way of others.
+    count, group = connected_components(points.sum(axis=0) > 0, connection="strong")
     if count > 1:
         aside = [repr(name) for name, g in zip(systems, group, strict=True) if g == group[-1]]
         raise EvaluationError(
@@ -274,6 +242,7 @@ def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
             "directions, so their distance has no finite estimate; play more games, or leave them "
             "out"
         )
+    return systems, points
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:

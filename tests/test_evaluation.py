@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from qlora_edu.errors import EvaluationError
+from qlora_edu.errors import DataError, EvaluationError
 from qlora_edu.evaluation import (
     Game,
     bradley_terry,
@@ -60,12 +60,11 @@ def test_answers_are_read_as_written(tmp_path):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("{", 'cannot read .*line 2 .*; write {"prompt"'),
-        ('{"answers": {"a": "", "b": "", "c": ""}}', 'line 2: write {"prompt"'),
-        ("[1]", 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "x"}}', 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "", "b": 3, "c": ""}}', 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "", "b": ""}}', "line 2 has answers of"),
+        ('{"answers": {"a": "", "b": "", "c": ""}}', ':2: write {"prompt"'),
+        ("[1]", ':2: write {"prompt"'),
+        ('{"prompt": "?", "answers": {"a": "x"}}', ':2: write {"prompt"'),
+        ('{"prompt": "?", "answers": {"a": "", "b": 3, "c": ""}}', ':2: write {"prompt"'),
+        ('{"prompt": "?", "answers": {"a": "", "b": ""}}', ":2 has answers of"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, says):
@@ -75,12 +74,13 @@ def test_a_bad_line_is_named(tmp_path, line, says):
         read_answers(path)
 
 
-def test_no_file_and_no_rows_are_named(tmp_path):
-    with pytest.raises(EvaluationError, match="cannot read"):
+def test_what_is_no_jsonl_is_named(tmp_path):
+    with pytest.raises(DataError, match="cannot read"):
         read_answers(tmp_path / "nothing.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(EvaluationError, match="no rows"):
-        read_answers(tmp_path / "empty.jsonl")
+    for content, says in (("\n", "is empty"), (json.dumps(ROW) + "\n{", r"rows\.jsonl:2 ")):
+        (tmp_path / "rows.jsonl").write_text(content)
+        with pytest.raises(DataError, match=says):
+            read_answers(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("judge", [exact_judge, word_judge])
@@ -239,14 +239,8 @@ def test_a_relative_score_is_a_share_of_marks():
 
 
 @pytest.mark.parametrize(
-    "scores, reference, says",
-    [
-        ([1], [1, 2], "1 scores beside 2"),
-        ([], [], "0 scores"),
-        ([1], [0], "no marks"),
-        ([1, 1], [3, -1], "negative"),
-    ],  # fmt: skip
+    "scores, reference", [([1], [1, 2]), ([], []), ([1], [0]), ([1, 1], [3, -1])]
 )
-def test_scores_that_mean_nothing_are_refused(scores, reference, says):
-    with pytest.raises(EvaluationError, match=says):
+def test_scores_that_mean_nothing_are_refused(scores, reference):
+    with pytest.raises(EvaluationError, match="marks of both"):
         relative_score(scores, reference)

@@ -152,19 +152,10 @@ def test_each_adapter_answers_as_if_it_were_alone(shelf):
     assert min(apart) > 1
 
 
-def test_a_shelf_takes_one_base_and_small_files(shelf):
-    shelf, method = shelf
-    tensors = load_file(Path(FOLDERS["record"]) / "adapter_model.safetensors")
-    assert shelf.nbytes("record") == sum(4 * tensor.numel() for tensor in tensors.values())
-    of_base = shelf.nbytes("base")
-    assert of_base == 12_067_840 if method == "lora" else 2_400_000 < of_base < 2_600_000
-
-
 def test_an_unknown_adapter_is_named_with_what_there_is(shelf):
     shelf, _ = shelf
-    for ask in (shelf.check, shelf.nbytes):
-        with pytest.raises(LoRAError, match="did you mean 'record'"):
-            ask("recrod")
+    with pytest.raises(LoRAError, match="did you mean 'record'"):
+        shelf.check("recrod")
     with (
         pytest.raises(LoRAError, match="there are base, absent, question"),
         shelf.using("x"),
