@@ -9,20 +9,17 @@ with the question how far it would have moved with other prompts or another orde
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qlora_edu.comparison import Interval
 from qlora_edu.errors import EvaluationError
-from qlora_edu.text.conversations import read_jsonl
 
 K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
 MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
-ROW = '{"prompt": "…", "answers": {"one system": "…", "another": "…"}}'
-Row = Mapping[str, Any]  # of that form, and maybe with "wanted", the right answer
+Row = Mapping[str, Any]  # {"prompt": str, "answers": {system: str}}, maybe "wanted": str
 Judge = Callable[[Row, str, str], float]  # 1: the first answer is better; 0.5: a tie; 0: not
 
 
@@ -35,27 +32,7 @@ class Game(NamedTuple):
     row: int
 
 
-# Answers and judges
-
-
-def read_answers(path: str | Path) -> list[Row]:
-    """Read answers to compare: JSONL, one prompt per line, with the answer of each system.
-
-    Raises:
-        DataError: naming file and line, if it is no JSONL.
-        EvaluationError: if a line has another form, or answers of others than the first line.
-    """
-    rows: list[Row] = []
-    for where, row in read_jsonl(Path(path)):
-        answers = row.get("answers") if isinstance(row, dict) else None
-        texts = [row.get("prompt"), *answers.values()] if isinstance(answers, dict) else []
-        if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-            raise EvaluationError(f"{where}: write {ROW}, all of it text, and not {str(row)[:60]}")
-        if rows and answers.keys() != rows[0]["answers"].keys():
-            found = f"{where} has answers of {sorted(answers)}, the first line of others"
-            raise EvaluationError(f"{found}; every system must answer every prompt")
-        rows.append(row)
-    return rows
+# Judges
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
@@ -90,14 +67,20 @@ def _compare(first: float, second: float) -> float:
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
     """Let every two systems meet on every row; with `both_orders` twice, each first once.
 
+    Raises:
+        EvaluationError: a verdict is none, or a row lacks the answer of a system.
+
     >>> row = {"prompt": "Who?", "wanted": "Ada", "answers": {"base": "Eva", "tuned": "Ada"}}
     >>> play([row], exact_judge, both_orders=False)
     [Game(first='base', second='tuned', score=0.0, row=0)]
     """
     games = []
+    meet = itertools.permutations if both_orders else itertools.combinations
     for i, row in enumerate(rows):
         answers = row["answers"]
-        meet = itertools.permutations if both_orders else itertools.combinations
+        if answers.keys() != rows[0]["answers"].keys():
+            found = f"row {i} has answers of {sorted(answers)}, the first row of others"
+            raise EvaluationError(f"{found}; every system must answer every prompt")
         for first, second in meet(answers, 2):
             score = judge(row, answers[first], answers[second])
             if score not in (0, 0.5, 1):
@@ -120,9 +103,7 @@ def expected_score(rating: float, other: float) -> float:
 
 
 def elo(games: Sequence[Game]) -> dict[str, float]:
-    """Elo ratings after the games, taken in the order given: it matters.
-
-    Each game moves both ratings by `K` times what came as a surprise; their sum stays.
+    """Elo ratings after the games, in the order given: each moves `K` times the surprise.
 
     >>> elo([Game("a", "b", 1.0, 0)])
     {'a': 1016.0, 'b': 984.0}
@@ -194,26 +175,6 @@ def bradley_terry_over_rows(
     draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
     drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
     return _intervals(systems, START + _fit(points.sum(axis=0)[None])[0], START + _fit(drawn))
-
-
-def relative_score(
-    scores: Sequence[float], reference: Sequence[float], rounds: int = 2000, seed: int = 0
-) -> Interval:
-    """Vicuna's measure: the sum of a system's marks as a percentage of the reference's.
-
-    Both are marks (of 10, say) for the answers to the same prompts; the interval comes from prompts
-    drawn anew. 99 % means that the judge gave nearly as many marks, and no more.
-
-    >>> relative_score([8, 6, 7], [8, 8, 8]).mean
-    87.5
-    """
-    if not len(scores) == len(reference) > 0 or min(reference) <= 0:
-        raise EvaluationError("give marks of both for every prompt, the reference's above 0")
-    mine, theirs = np.array([scores, reference], dtype=float)
-    draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
-    shares = 100 * mine[draws].sum(axis=1) / theirs[draws].sum(axis=1)
-    low, high = np.quantile(shares, MIDDLE)
-    return Interval(float(100 * mine.sum() / theirs.sum()), float(low), float(high))
 
 
 def _systems(games: Sequence[Game]) -> list[str]:
