@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, get_args
 
-from qlora_edu.errors import ConfigError, GenerationError, PlanError, QloraError
+from qlora_edu.errors import ConfigError, PlanError, QloraError
 
 PLANNED = {  # what a setting of the planner means; the others mean what they mean in a fine-tune
     "method": "full, lora, qlora or houlsby",
@@ -128,14 +128,12 @@ def finetune(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a base and its adapters.  chat --use all"""
-    from qlora_edu.production.chat import converse, load_chat
-    from qlora_edu.text.conversations import require_counts
+    from qlora_edu.production.chat import EMBEDDED, converse, load_chat
     from qlora_edu.text.generation import check_sampling
 
-    own = "data/base-model"
     parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]")
     add = parser.add_argument
-    add("--model", default=own, help="the base: a folder, or a name on the Hub")
+    add("--model", default=EMBEDDED, help="the base: a folder, or a name on the Hub")
     add("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="one or several")
     add("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
     add("--method", default="qlora", help="qlora: the base in 4 bits; lora: as it is")
@@ -144,17 +142,14 @@ def chat(argv: Sequence[str]) -> int:
     add("--length", type=int, default=96, help="the most tokens of an answer")
     add("--remember", action="store_true", help="hand earlier messages on")
     given = parser.parse_args(argv)
-    check_sampling(given.temperature, given.top_p)
-    require_counts(GenerationError, length=given.length)
+    check_sampling(given.temperature, given.top_p, given.length)
     adapters = dict(word.partition("=")[::2] for word in given.adapter)
     if not all([*adapters, *adapters.values()]):
         parser.error(f"--adapter: NAME=FOLDER is wanted, not {given.adapter}")
-    the_courses = not adapters and given.model == own
-    talk = load_chat(given.model, None if the_courses else adapters, given.method)
+    talk = load_chat(given.model, adapters, given.method)
     talk.temperature, talk.top_p = given.temperature, given.top_p
     talk.max_new_tokens, talk.remember = given.length, given.remember
-    names = talk.shelf.names
-    systems = given.use or ["all" if "all" in names else names[-1]]
+    systems = given.use or ["all" if "all" in talk.shelf.names else talk.shelf.names[-1]]
     for name in systems:
         talk.shelf.check(name)
     converse(talk, systems)

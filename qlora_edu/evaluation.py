@@ -119,10 +119,9 @@ def elo(games: Sequence[Game]) -> dict[str, float]:
 def elo_over_orders(
     games: Sequence[Game], orders: int = 10_000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Mean Elo over random orders of the games, and where the middle 95 % of the orders end.
+    """Mean Elo over random orders of the same games, and where the middle 95 % of the orders end.
 
-    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000. The interval tells
-    what the *order* does and nothing else: the games are the same in all of them.
+    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000.
 
     >>> games = [Game("a", "b", 1.0, 0), Game("a", "b", 1.0, 1), Game("a", "b", 0.0, 2)]
     >>> {name: round(rating.mean) for name, rating in elo_over_orders(games, 1000).items()}
@@ -167,8 +166,7 @@ def bradley_terry_over_rows(
 ) -> dict[str, Interval]:
     """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap).
 
-    The interval answers: *had there been other prompts like these?* Half a tie between every two
-    systems is added in each round, so that no rating is infinite because of the draw.
+    Half a tie between every two systems is added in each round: no draw gives an infinite rating.
     """
     systems, points = _points(games)
     shares = np.full(len(points), 1 / len(points))
@@ -200,8 +198,7 @@ def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
         aside = [repr(name) for name, g in zip(systems, group, strict=True) if g == group[-1]]
         raise EvaluationError(
             f"{', '.join(aside)} and the others did not take points from each other in both "
-            "directions, so their distance has no finite estimate; play more games, or leave them "
-            "out"
+            "directions: no finite estimate of their distance; play more games, or leave them out"
         )
     return systems, points
 

@@ -23,16 +23,15 @@ Type a message, or one of these:
   /compare NAME NAME   answer by two, one after the other
   /reset               forget the conversation
   /quit                or quit, or exit"""
-# The embedded adapters read a passage, and answer about it.
+EMBEDDED = "data/base-model"
 EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
 
 
 @dataclass
 class Chat:
-    """A conversation with the systems of a shelf.
+    """A conversation with the systems of a shelf; with `remember` each has its own.
 
-    Without `remember` each message stands alone, which is how the course's adapters were trained.
-    With it, the conversation goes along, for each system its own.
+    Without it each message stands alone, which is how the course's adapters were trained.
     """
 
     shelf: AdapterShelf
@@ -49,9 +48,7 @@ class Chat:
     ) -> Iterator[str]:
         """Yield the answer as it grows; it ends, and is remembered so far, once `stopped()`.
 
-        Raises:
-            GenerationError: if the message is empty or too long, or a setting cannot be.
-            LoRAError: if there is no such system.
+        `GenerationError` if the message is empty or too long; `LoRAError` for an unknown system.
         """
         if not message.strip():
             raise GenerationError("the message is empty; type something to be answered")
@@ -75,20 +72,20 @@ class Chat:
 
 
 def load_chat(
-    model: str = "data/base-model",
+    model: str = EMBEDDED,
     adapters: Mapping[str, str | Path] | None = None,
     method: str = "qlora",
 ) -> Chat:
-    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and adapters by name.
+    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and folders of adapters by name.
 
-    `adapters=None` takes the course's four, which belong to the embedded base.
+    Without `adapters` the embedded base has the course's four.
     """
-    if adapters is None:
+    if not adapters and model == EMBEDDED:
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
     config = FinetuneConfig.from_preset("embedded", model=model, method=method)
     base, tokenizer = load_base(config)
-    return Chat(AdapterShelf(base, adapters), tokenizer)
+    return Chat(AdapterShelf(base, adapters or {}), tokenizer)
 
 
 def converse(chat: Chat, systems: Sequence[str]) -> None:

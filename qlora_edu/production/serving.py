@@ -5,9 +5,8 @@ any program loads, as fast as the base. **Unmerged**, one base serves several ad
 request says which: a little slower, but ten assistants take one base and ten small files.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,8 @@ def merged_tensors(
 ) -> dict[str, Tensor]:
     """The weights of a PEFT model with its adapter merged, in `dtype`, by the plain model's names.
 
-    `into` is as for `merge_weight`; a weight that was never quantised has only one way.
-    `into="original"` needs the base's tensors from before it was quantised.
-
-    Raises:
-        LoRAError: if the adapter is more than LoRA on linear layers, or a merged weight would not
-            be finite.
+    `into` is as for `merge_weight`, and `original` the base's tensors from before it was quantised;
+    a base that never was has only one way. `LoRAError` if the adapter is more than plain LoRA.
     """
     if into not in MERGE_TARGETS:
         raise LoRAError(f"into must be one of {MERGE_TARGETS}, not {into!r}")
@@ -52,23 +47,18 @@ def merged_tensors(
         if "lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        owner, _, leaf = name.rpartition(".")
-        module = base.get_submodule(owner)
-        weight = parameter.detach()
-        if hasattr(parameter, "quant_state"):
-            layer = getattr(module, "base_layer", module)
-            weight = QuantizedTensor.from_state_dict(layer.state_dict())
-        if leaf == "weight" and hasattr(module, "get_delta_weight"):
-            delta = module.get_delta_weight(model.active_adapter).detach()
-            if isinstance(weight, QuantizedTensor):
-                before = (original or {}).get(name)
-                tensors[name] = merge_weight(weight, delta, into, before, dtype).to(dtype)
-            else:
-                tensors[name] = merge_weight(weight, delta, "original", weight, dtype)
-        elif isinstance(weight, QuantizedTensor):
-            tensors[name] = weight.dequantize(dtype)
-        else:
-            tensors[name] = weight.to(dtype)
+        layer, weight = base.get_submodule(name.rpartition(".")[0]), parameter.detach()
+        packed = hasattr(parameter, "quant_state")
+        if packed:
+            state = getattr(layer, "base_layer", layer).state_dict()
+            weight = QuantizedTensor.from_state_dict(state)
+        if name.endswith(".weight") and hasattr(layer, "get_delta_weight"):
+            delta = layer.get_delta_weight(model.active_adapter).detach()
+            before = (original or {}).get(name) if packed else weight
+            weight = merge_weight(weight, delta, into if packed else "original", before, dtype)
+        elif packed:
+            weight = weight.dequantize(dtype)
+        tensors[name] = weight.to(dtype)
     return tensors
 
 
@@ -82,45 +72,32 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    It is written whole or not at all. `merged.json` in it says what was merged into what.
-
-    Raises:
-        RunExistsError: if the folder is there already.
-        LoRAError: see `merged_tensors`.
+    It is written whole or not at all; its configuration says what was merged into what. Nothing is
+    overwritten: `RunExistsError`. The rest is as for `merged_tensors`.
     """
     folder, base = Path(folder), model.get_base_model()
     if folder.exists():
         raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     tensors = merged_tensors(model, into, dtype, original)
-    fields = base.config.to_dict()
+    adapter = model.peft_config[model.active_adapter]
+    fields = base.config.to_dict() | {"merged_into": into, "r": adapter.r}
+    fields |= {"base_model": adapter.base_model_name_or_path, "lora_alpha": adapter.lora_alpha}
     for field in ("quantization_config", "_name_or_path"):
         fields.pop(field, None)
     with torch.device("meta"):
         plain = type(base)(type(base.config)(**fields))
     plain.load_state_dict(tensors, strict=False, assign=True)  # a tied head has no tensor
     plain.tie_weights()
-    adapter = model.peft_config[model.active_adapter]
-    metadata = {
-        "base_model": adapter.base_model_name_or_path,
-        "merged_into": into,
-        "dtype": str(dtype).removeprefix("torch."),
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-    }
     with atomic.folder(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "merged.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
 class AdapterShelf:
-    """One base in memory, several adapters beside it, and each request takes one.
+    """One base in memory, adapters beside it, by name, from their folders; each request takes one.
 
-    `model`, the base, is changed; `adapters` holds the folder of each adapter by name.
-
-    Raises:
-        LoRAError: if a folder does not fit the base, or for the name "base", which means none.
+    `LoRAError` if a folder does not fit the base, or for the name "base", which means none.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, str | Path]) -> None:
@@ -142,9 +119,6 @@ class AdapterShelf:
         self.check(name)
         if name != BASE:
             self.model.set_adapter(name)
-            yield self.model
-        elif len(self.names) > 1:
-            with self.model.disable_adapter():
-                yield self.model
-        else:
+        bare = name == BASE and len(self.names) > 1
+        with self.model.disable_adapter() if bare else nullcontext():
             yield self.model

@@ -49,12 +49,7 @@ class Conversation(list[Message]):
 
 
 def pad(lists: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Bring lists of integers to one length: int64 `[lists, longest]`.
-
-    >>> pad([[5, 6], [7]], 0, side="left")
-    tensor([[5, 6],
-            [0, 7]])
-    """
+    """Bring lists of integers to one length: int64 `[lists, longest]`."""
     tensors = [torch.tensor(list(ids), dtype=torch.int64) for ids in lists]
     return nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
 
@@ -69,19 +64,11 @@ def require_counts(error: type[QloraError], **counts: Any) -> None:
 def read_conversations(source: str | Path, split: str = "train") -> list[Conversation]:
     """Read and check every conversation of a JSONL file, a folder of them, or a Hub data set.
 
-    A folder is read at `{split}.jsonl`. A row holds `messages`, or `text` in the layout of
-    OASST1-Guanaco. Rows with an empty answer are left out, and turns after the last answer are
-    dropped; both are counted and printed with file and line.
+    A folder is read at `{split}.jsonl`; a row has the form of `ROW`. Rows with an empty answer are
+    left out, and turns after the last answer are cut off; both are counted and printed.
 
     Raises:
         DataError: the source cannot be read, or a row of it is no conversation with an answer.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "talk.jsonl"
-    ...     _ = path.write_text('{"text": "### Human: 2 + 2?### Assistant: 4"}')
-    ...     read_conversations(path)
-    [[{'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': '4'}]]
     """
     path = Path(source)
     if path.is_dir():
@@ -110,11 +97,7 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> dict[str
     """Token ids of a conversation, and labels which are -100 outside the assistant's answers.
 
     The tokenizer's own chat template writes the text. An answer's labels run up to and including
-    the end token.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or one that refuses the conversation, does
-            not end answers with the end token, or writes a turn in another way if more follow.
+    the end token; `DataError` if the template does not end answers with it.
     """
     where, end = getattr(messages, "where", "this conversation"), tokenizer.eos_token_id
     ids = encode_messages(tokenizer, messages)
@@ -150,11 +133,6 @@ def encode_messages(
     from jinja2 import TemplateError
 
     where = where or getattr(messages, "where", "this conversation")
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which is "
-            "usual for a base model; set chat_template='guanaco' for the paper's layout"
-        )
     if not messages:
         raise DataError(f"{where}: the conversation begins with an answer; put its question before")
     # The template writes control tokens as text. So those that somebody has typed are marked first,
@@ -172,7 +150,7 @@ def encode_messages(
     ]
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, **options)
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:  # or there is no template
         raise DataError(
             f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
             "use chat_template='guanaco', which takes any"
@@ -187,11 +165,7 @@ def encode_messages(
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text as text: a special token in it is spelt out in ordinary ones.
-
-    Raises:
-        DataError: the tokenizer has no other way to write it than as a special token.
-    """
+    """Token ids of text as text: a special token in it is spelt out, or it is a `DataError`."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = tokenizer(text, **options)["input_ids"]
     control = set(_special_tokens(tokenizer).values()).intersection(ids)
@@ -215,8 +189,7 @@ def encode_conversations(
 ) -> list[dict[str, list[int]]]:
     """Encode many; count and print which answers `max_length` cuts short or away.
 
-    A row whose answers are cut away entirely is left out: nothing in it can be learned. A row cut
-    inside an answer stays, without the end token that it no longer reaches.
+    A row whose answers are cut away is left out; one cut inside an answer stays, without its end.
     """
     encoded, shortened, lost = [], [], []
     require_counts(DataError, max_length=max_length)
@@ -283,9 +256,8 @@ def _split_guanaco(text: str) -> list[Message] | None:
 
 
 def _is_message(turn: Any) -> bool:
-    """A role that is known, a text, and nothing else that could be lost."""
-    if not isinstance(turn, dict) or turn.keys() != Message.__annotations__.keys():
-        return False
+    if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+        return False  # what stands beside them would be lost
     return turn["role"] in ROLES and isinstance(turn["content"], str)
 
 

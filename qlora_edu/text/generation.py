@@ -44,11 +44,12 @@ def next_token_probabilities(
     return probabilities
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse a temperature or nucleus that means nothing, with a `GenerationError`."""
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int = 1) -> None:
+    """Refuse a setting that means nothing, with a `GenerationError`."""
+    require_counts(GenerationError, max_new_tokens=max_new_tokens)
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise GenerationError(
-            f"temperature must be 0 (greedy) or more, and top_p above 0 and at most 1, "
+            "temperature must be 0 (greedy) or more, and top_p above 0 and at most 1, "
             f"not {temperature!r} and {top_p!r}"
         )
 
@@ -63,18 +64,16 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, the next token of each prompt; None for those that have ended.
+    """Yield, step by step, the next token of each prompt; None for those that have had `end`.
 
     Prompts, lists of token ids, are padded on the *left*, the padding is masked, and positions are
     counted from each prompt's own first token: so a prompt gets the same answer alone and in a
-    batch, but for the last bits of floats. `model` is a causal language model of transformers, in
-    evaluation mode; the token `end` is not yielded.
+    batch, but for the last bits of floats. `model` is one of transformers, in evaluation mode.
 
     Raises:
         GenerationError: for an empty prompt, one that fills all positions, or a bad setting.
     """
-    check_sampling(temperature, top_p)
-    require_counts(GenerationError, max_new_tokens=max_new_tokens)
+    check_sampling(temperature, top_p, max_new_tokens)
     if not prompts or not all(map(len, prompts)):
         raise GenerationError("a prompt is empty; there is nothing to go on from")
     device, longest = next(model.parameters()).device, max(map(len, prompts))
@@ -125,8 +124,7 @@ def stream_answer(
 ) -> Iterator[str]:
     """Yield the answer so far, longer at each step, as a chat window shows it.
 
-    It is the whole answer each time, and not the new piece: one token is not always whole letters,
-    so what the last one looks like may change when the next has come.
+    One token is not always whole letters: the end may change when the next token has come.
     """
     prompt, new = encode_prompt(tokenizer, messages), []
     for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, **settings):

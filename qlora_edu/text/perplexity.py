@@ -68,10 +68,9 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
 
 @torch.no_grad()
 def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) -> Surprise:
-    """The loss of a causal language model on every document, in the order given.
+    """The loss of a causal language model on the token ids of each document, in the order given.
 
-    `model` takes `input_ids`, `[batch, tokens]`, and returns an object with `.logits`; `rows` are
-    the token ids of each document, at least two: the first is only read.
+    Each has two tokens or more: the first is only read.
     """
     require_counts(DataError, batch_size=batch_size)
     short = [number for number, row in enumerate(rows) if len(row) < 2]
