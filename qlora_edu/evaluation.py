@@ -79,7 +79,9 @@ def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Ga
     for i, row in enumerate(rows):
         answers = row["answers"]
         if answers.keys() != rows[0]["answers"].keys():
-            found = f"row {i} has answers of {sorted(answers)}, the first row of others"
+            found = (
+                f"row {i} has answers of {sorted(answers)}, row 0 of {sorted(rows[0]['answers'])}"
+            )
             raise EvaluationError(f"{found}; every system must answer every prompt")
         for first, second in meet(answers, 2):
             score = judge(row, answers[first], answers[second])

@@ -54,8 +54,7 @@ class Chat:
             raise GenerationError("the message is empty; type something to be answered")
         past = self.history.get(system, []) if self.remember else []
         messages: list[Message] = [*past, {"role": "user", "content": message.strip()}]
-        text = ""
-        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        names, text = ("max_new_tokens", "temperature", "top_p", "seed"), ""
         settings = {name: getattr(self, name) for name in names}
         with self.shelf.using(system) as model:
             for text in stream_answer(model, self.tokenizer, messages, **settings):

@@ -237,7 +237,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
 def messages_of(row: Any, where: str) -> list[Message]:
     """The turns of a row; `DataError` if it, or one of them, has another form than `ROW`."""
     fields = row if isinstance(row, dict) else {}
-    turns = fields.get("messages")
+    turns: Any = fields.get("messages")
     if turns is None and isinstance(fields.get("text"), str):
         turns = _split_guanaco(fields["text"])
     wrong = [t for t in turns if not _is_message(t)] if isinstance(turns, list) else [row]
