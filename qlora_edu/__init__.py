@@ -1,7 +1,7 @@
 """QLoRA from first principles: each chapter of the course is one module of this package.
 
-`import qlora_edu` loads next to nothing. A public name is fetched from its chapter's module when it
-is first used, and the heavy libraries load only with the functions that need them.
+`import qlora_edu` loads next to nothing: a public name is fetched from its module when it is first
+used, and the heavy libraries load only with the functions that need them.
 """
 
 from importlib import import_module

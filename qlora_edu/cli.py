@@ -6,31 +6,21 @@ was stopped by Ctrl-C, and 1 for anything else (`plan`: if the step does not fit
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_args
 
-from qlora_edu.errors import ConfigError, GenerationError, PlanError, QloraError
+from qlora_edu.errors import ConfigError, PlanError, QloraError
 
-PLANNED = {  # what each setting of the planner means
+PLANNED = {  # what a setting of the planner means; the others mean what they mean in a fine-tune
     "method": "full, lora, qlora or houlsby",
-    "batch_size": "rows that go through the model together",
-    "max_length": "tokens of a row",
     "optim": "optimizer; the states of a paged one may leave the card",
-    "r": "rank of the adapters",
     "bottleneck": "width of a Houlsby adapter",
-    "target_modules": "layers with adapters: all-linear, or names with commas between them",
-    "lora_dropout": "share of an adapter's inputs that is switched off",
     "dtype": "dtype of weights that are not quantised, and of the computation",
-    "adapter_dtype": "dtype of the adapters",
-    "quant_type": "the levels of the 4-bit weights",
     "blocksize": "weights that share a constant",
-    "double_quant": "quantise the constants of the blocks, too",
-    "gradient_checkpointing": "recompute activations on the way back, instead of keeping them",
     "autocast": "keep weights in dtype and compute in bfloat16",
     "padding": "rows of several lengths, so that each batch has a mask",
     "backend": "whose 4-bit layers: qlora_edu, or bitsandbytes with PEFT",
@@ -49,15 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, function in COMMANDS.items():
             print(f"  {name:<9} {function.__doc__}")
         return 0
-    if command not in COMMANDS:
-        from qlora_edu.production.config import did_you_mean
-
-        print(f"error: no command {command!r}; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
-        return 2
     from qlora_edu.course.doctor import quiet_known_noise
+    from qlora_edu.production.config import did_you_mean
 
     quiet_known_noise()
     try:
+        if command not in COMMANDS:
+            raise ConfigError(f"no command {command!r}; {did_you_mean(command, COMMANDS)}")
         status = COMMANDS[command](rest)
         sys.stdout.flush()
         return status
@@ -83,25 +71,19 @@ def doctor(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Will a training step fit on a card?  plan llama-7b --card 24 --batch_size 4"""
-    from transformers.hf_argparser import string_to_bool
-
     from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, RESERVE, plan_memory
     from qlora_edu.planner.fake_step import StepSettings
 
-    usage = "MODEL [--card GB] [--SETTING VALUE ...]"
-    parser = argparse.ArgumentParser(**_describe("plan", usage))
+    parser = _parser("plan", "MODEL [--card GB] [--SETTING VALUE ...]")
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
-    parser.add_argument("--card", type=_card, default=24.0, metavar="GB", help="the card's memory")
+    parser.add_argument("--card", type=float, default=24.0, metavar="GB", help="the card's memory")
     defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
-    for name, default in defaults.items():
-        kind = string_to_bool if isinstance(default, bool) else type(default)
-        choices = OPTIMIZERS if name == "optim" else None
-        parser.add_argument(
-            f"--{name}", type=kind, choices=choices, default=default, help=PLANNED[name]
-        )
-    given = vars(_parse(parser, _spell_out(argv)))
+    _add_settings(parser, defaults, {"optim": OPTIMIZERS}, PLANNED)
+    given = _parse(parser, argv)
     card = given.pop("card")
+    if not 0 < card < 1e6:
+        parser.error(f"--card: a card has more than 0 GB, not {card}")
     planned = plan_memory(given.pop("model"), given.pop("method"), **given)
     size = f"batch {planned.batch_size} of {planned.max_length:,} tokens"
     print(f"{planned.name}, {planned.settings.method}: {size}")
@@ -115,32 +97,24 @@ def finetune(argv: Sequence[str]) -> int:
     from qlora_edu.production.threads import choose_threads, wait_passively
 
     wait_passively()  # said before torch is loaded, or it is not heard
-    from transformers import HfArgumentParser
-
     from qlora_edu.finetuning import finetune as run
     from qlora_edu.production.config import PRESETS, FinetuneConfig
 
-    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="qlora_edu finetune")
+    start = argparse.ArgumentParser("qlora_edu finetune", add_help=False, allow_abbrev=False)
     start.add_argument("--preset", default="embedded", help=", ".join(PRESETS))
     start.add_argument("--config", metavar="FILE", help="YAML settings, instead of a preset")
     start.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    chosen, rest = start.parse_known_args(_spell_out(argv))
+    chosen, _ = start.parse_known_args(_spell_out(argv))
     if chosen.config is None:
         config = FinetuneConfig.from_preset(chosen.preset)
     else:
         config = FinetuneConfig.from_yaml(chosen.config)
     usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
-    about = _describe("finetune", usage)
-    parser = HfArgumentParser(FinetuneConfig, **about, parents=[start])  # type: ignore[arg-type]
-    parser.set_defaults(**asdict(config))
-    metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
-    for action in parser._actions:
-        action.required = False  # each setting has a value in the preset
-        if action.dest in asdict(config):  # one spelling of each is enough to read
-            action.option_strings = action.option_strings[:1]
-            action.metavar = None if action.choices else metavars.get(action.type, "BOOL")
-            action.help = argparse.SUPPRESS if action.nargs == 0 else action.help
-    given = vars(_parse(parser, rest))
+    parser = _parser("finetune", usage, parents=[start])
+    literals = {field.name: get_args(field.type) for field in fields(config)}
+    choices = {name: [w for w in words if isinstance(w, str)] for name, words in literals.items()}
+    _add_settings(parser, asdict(config), choices)
+    given = _parse(parser, argv)
     config = FinetuneConfig(**{name: given[name] for name in asdict(config)})
     print(f"computing with {choose_threads()}")
     try:
@@ -154,35 +128,30 @@ def finetune(argv: Sequence[str]) -> int:
 
 def chat(argv: Sequence[str]) -> int:
     """Talk to a base and its adapters.  chat --use all"""
-    from qlora_edu.production.chat import converse, load_chat, opening_lines
-    from qlora_edu.production.serving import BASE
-    from qlora_edu.text.conversations import require_counts
+    from qlora_edu.production.chat import EMBEDDED, converse, load_chat
     from qlora_edu.text.generation import check_sampling
 
-    own = "data/base-model"
-    usage = "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]"
-    parser = argparse.ArgumentParser(**_describe("chat", usage))
+    parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]")
     add = parser.add_argument
-    add("--model", default=own, help="the base: a folder, or a name on the Hub")
-    add("--adapter", action="append", type=_named, metavar="NAME=FOLDER", help="one or several")
+    add("--model", default=EMBEDDED, help="the base: a folder, or a name on the Hub")
+    add("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="one or several")
     add("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
     add("--method", default="qlora", help="qlora: the base in 4 bits; lora: as it is")
     add("--temperature", type=float, default=0.0, help="0 is greedy; higher is freer")
-    add("--top-p", type=float, default=0.9, help="share of the likeliest that are drawn from")
+    add("--top_p", type=float, default=0.9, help="share of the likeliest that are drawn from")
     add("--length", type=int, default=96, help="the most tokens of an answer")
     add("--remember", action="store_true", help="hand earlier messages on")
     given = parser.parse_args(argv)
-    check_sampling(given.temperature, given.top_p)
-    require_counts(GenerationError, length=given.length)
-    adapters = dict(given.adapter or []) if given.adapter or given.model != own else None
+    check_sampling(given.temperature, given.top_p, given.length)
+    adapters = dict(word.partition("=")[::2] for word in given.adapter)
+    if not all([*adapters, *adapters.values()]):
+        parser.error(f"--adapter: NAME=FOLDER is wanted, not {given.adapter}")
     talk = load_chat(given.model, adapters, given.method)
     talk.temperature, talk.top_p = given.temperature, given.top_p
     talk.max_new_tokens, talk.remember = given.length, given.remember
-    names = talk.shelf.names
-    systems = given.use or [names[-1] if adapters else "all" if "all" in names else BASE]
+    systems = given.use or ["all" if "all" in talk.shelf.names else talk.shelf.names[-1]]
     for name in systems:
         talk.shelf.check(name)
-    print(opening_lines(talk, systems))
     converse(talk, systems)
     return 0
 
@@ -192,50 +161,54 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _describe(name: str, usage: str) -> dict[str, Any]:
-    """What every command's parser is made with."""
-    return {
-        "prog": f"qlora_edu {name}",
-        "usage": f"python -m qlora_edu {name} {usage}",
-        "description": (COMMANDS[name].__doc__ or "").partition("  ")[0],
-        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
-        "allow_abbrev": False,
-    }
+def _parser(name: str, usage: str, **options: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"qlora_edu {name}",
+        usage=f"python -m qlora_edu {name} {usage}",
+        description=(COMMANDS[name].__doc__ or "").partition("  ")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse everything; for a name that is none, suggest the nearest."""
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, Any],
+    choices: Mapping[str, Sequence[str]],
+    meanings: Mapping[str, str] | None = None,
+) -> None:
+    """An option for each setting, of the type of its default."""
+    from transformers.hf_argparser import string_to_bool
+
+    from qlora_edu.production.config import FinetuneConfig
+
+    helps = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)}
+    helps |= meanings or {}
+    for name, default in defaults.items():
+        kind = str if default is None else type(default)
+        parser.add_argument(
+            f"--{name}",
+            type=string_to_bool if kind is bool else kind,
+            default=default,
+            choices=choices.get(name) or None,
+            metavar=None if choices.get(name) else kind.__name__.upper(),
+            help=helps[name],
+        )
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Parse everything, `name=value` too; for a name that is none, suggest the nearest."""
     from qlora_edu.production.config import did_you_mean
 
-    found, rest = parser.parse_known_args(argv)
+    found, rest = parser.parse_known_args(_spell_out(argv))
     if rest:
         names = [word[2:] for word in parser._option_string_actions if word.startswith("--")]
         name = rest[0].lstrip("-").partition("=")[0]
         parser.error(f"no setting {name!r}; {did_you_mean(name, names)}")
-    return found
+    return vars(found)
 
 
 def _spell_out(argv: Sequence[str]) -> list[str]:
-    """Write `name=value` as `--name=value`.
-
-    >>> _spell_out(["r=8", "--resume", "--output_dir", "some/folder"])
-    ['--r=8', '--resume', '--output_dir', 'some/folder']
-    """
+    """Write `name=value` as `--name=value`."""
     return [f"--{w}" if "=" in w and w.partition("=")[0].isidentifier() else w for w in argv]
-
-
-def _card(word: str) -> float:
-    try:
-        gigabytes = float(word)
-    except ValueError:
-        gigabytes = math.nan
-    if not 0 < gigabytes < 1e6:
-        raise argparse.ArgumentTypeError(f"a card has more than 0 GB, not {word!r}")
-    return gigabytes
-
-
-def _named(word: str) -> tuple[str, str]:
-    name, _, folder = word.partition("=")
-    if not (name and folder):
-        raise argparse.ArgumentTypeError(f"NAME=FOLDER is wanted, not {word!r}")
-    return name, folder

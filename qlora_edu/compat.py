@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ def forbid_cpu_repacking(model: torch.nn.Module) -> None:
     bitsandbytes 0.50 repacks its weights at the first evaluation there, for a faster kernel that
     has no backward pass; later training would go on without those gradients.
     """
-    layers: Iterable[Any] = model.modules()
-    for module in layers:
+    module: Any
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -44,11 +44,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def rows_never_packed() -> Iterator[None]:
-    """Let transformers take every row for one text, without a look at its positions.
+    """Let transformers 5 take every row for one text, without a look at its position ids.
 
-    transformers 5 compares position ids to see whether a row holds several texts. Tensors without
-    memory have no numbers to compare, and it would then trace a mask that no real step makes. Wait
-    for a setting with which a caller says so himself.
+    Tensors without memory have no numbers to compare, and it would trace a mask that no real step
+    makes. Wait for a setting with which a caller says so himself.
     """
     from transformers import masking_utils
 

@@ -7,26 +7,20 @@ with the question how far it would have moved with other prompts or another orde
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qlora_edu.comparison import Interval
-from qlora_edu.errors import EvaluationError, reading
+from qlora_edu.errors import EvaluationError
 
 K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
 MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
-Row = Mapping[str, Any]
-"""`{"prompt": str, "answers": {system: str}}`, and maybe `"wanted"`, the right answer."""
-ROW = '{"prompt": "…", "answers": {"one system": "…", "another": "…"}}'
-
-Judge = Callable[[Row, str, str], float]
-"""`judge(row, first, second)`: 1 if the first answer is better, 0.5 for a tie, 0 if not."""
+Row = Mapping[str, Any]  # {"prompt": str, "answers": {system: str}}, maybe "wanted": str
+Judge = Callable[[Row, str, str], float]  # 1: the first answer is better; 0.5: a tie; 0: not
 
 
 class Game(NamedTuple):
@@ -38,41 +32,7 @@ class Game(NamedTuple):
     row: int
 
 
-# Answers and judges
-
-
-def read_answers(path: str | Path) -> list[dict[str, Any]]:
-    """Read answers to compare: JSONL, one prompt per line, with the answer of each system.
-
-    Raises:
-        EvaluationError: naming file and line, if a line is no such row, has fewer than two systems,
-            or others than the first line.
-    """
-    rows: list[dict[str, Any]] = []
-    with reading(path, EvaluationError, "answers are wanted as JSONL in UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        with reading(where, EvaluationError, f"write {ROW} in one line"):
-            row = json.loads(line)
-        _check_row(row, where)
-        if rows and row["answers"].keys() != rows[0]["answers"].keys():
-            mine, first = sorted(row["answers"]), sorted(rows[0]["answers"])
-            found = f"{where} has answers of {mine}, the first line of {first}"
-            raise EvaluationError(f"{found}; every system must answer every prompt")
-        rows.append(row)
-    if not rows:
-        raise EvaluationError(f"{path} holds no rows; write {ROW} in each line")
-    return rows
-
-
-def _check_row(row: Any, where: str) -> None:
-    answers = row.get("answers") if isinstance(row, dict) else None
-    texts = [row.get("prompt"), *answers.values()] if isinstance(answers, dict) else []
-    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-        raise EvaluationError(f"{where}: write {ROW}, all of it text, and not {str(row)[:60]!r}")
+# Judges
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
@@ -107,14 +67,22 @@ def _compare(first: float, second: float) -> float:
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
     """Let every two systems meet on every row; with `both_orders` twice, each first once.
 
+    Raises:
+        EvaluationError: a verdict is none, or a row lacks the answer of a system.
+
     >>> row = {"prompt": "Who?", "wanted": "Ada", "answers": {"base": "Eva", "tuned": "Ada"}}
     >>> play([row], exact_judge, both_orders=False)
     [Game(first='base', second='tuned', score=0.0, row=0)]
     """
     games = []
+    meet = itertools.permutations if both_orders else itertools.combinations
     for i, row in enumerate(rows):
         answers = row["answers"]
-        meet = itertools.permutations if both_orders else itertools.combinations
+        if answers.keys() != rows[0]["answers"].keys():
+            found = (
+                f"row {i} has answers of {sorted(answers)}, row 0 of {sorted(rows[0]['answers'])}"
+            )
+            raise EvaluationError(f"{found}; every system must answer every prompt")
         for first, second in meet(answers, 2):
             score = judge(row, answers[first], answers[second])
             if score not in (0, 0.5, 1):
@@ -137,9 +105,7 @@ def expected_score(rating: float, other: float) -> float:
 
 
 def elo(games: Sequence[Game]) -> dict[str, float]:
-    """Elo ratings after the games, taken in the order given: it matters.
-
-    Each game moves both ratings by `K` times what came as a surprise; their sum stays.
+    """Elo ratings after the games, in the order given: each moves `K` times the surprise.
 
     >>> elo([Game("a", "b", 1.0, 0)])
     {'a': 1016.0, 'b': 984.0}
@@ -155,18 +121,16 @@ def elo(games: Sequence[Game]) -> dict[str, float]:
 def elo_over_orders(
     games: Sequence[Game], orders: int = 10_000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Mean Elo over random orders of the games, and where the middle 95 % of the orders end.
+    """Mean Elo over random orders of the same games, and where the middle 95 % of the orders end.
 
-    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000. The interval tells
-    what the *order* does and nothing else: the games are the same in all of them.
+    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000.
 
     >>> games = [Game("a", "b", 1.0, 0), Game("a", "b", 1.0, 1), Game("a", "b", 0.0, 2)]
     >>> {name: round(rating.mean) for name, rating in elo_over_orders(games, 1000).items()}
     {'a': 1015, 'b': 985}
     """
     systems = _systems(games)
-    index = {name: i for i, name in enumerate(systems)}
-    first, second = (np.array([index[game[side]] for game in games]) for side in (0, 1))
+    first, second = (np.array([systems.index(game[side]) for game in games]) for side in (0, 1))
     score = np.array([game.score for game in games])
     rng, ratings = np.random.default_rng(seed), np.full((orders, len(systems)), float(START))
     for at in range(0, orders, 1000):  # all orders together would take a gigabyte
@@ -194,11 +158,9 @@ def bradley_terry(games: Sequence[Game]) -> dict[str, float]:
     >>> {name: round(rating) for name, rating in bradley_terry(games).items()}
     {'a': 1200, 'b': 800}
     """
-    systems = _systems(games)
-    wins = _wins(games, systems).sum(axis=0)
-    _check_connected(wins, systems)
-    ratings = _fit(wins[None])[0]
-    return dict(zip(systems, (float(START + rating) for rating in ratings), strict=True))
+    systems, points = _points(games)
+    ratings = START + _fit(points.sum(axis=0)[None])[0]
+    return dict(zip(systems, ratings.tolist(), strict=True))
 
 
 def bradley_terry_over_rows(
@@ -206,43 +168,13 @@ def bradley_terry_over_rows(
 ) -> dict[str, Interval]:
     """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap).
 
-    The interval answers: *had there been other prompts like these?* Half a tie between every two
-    systems is added in each round, so that no rating is infinite because of the draw.
+    Half a tie between every two systems is added in each round: no draw gives an infinite rating.
     """
-    systems = _systems(games)
-    wins = _wins(games, systems)
-    _check_connected(wins.sum(axis=0), systems)
-    shares = np.full(len(wins), 1 / len(wins))
-    draws = np.random.default_rng(seed).multinomial(len(wins), shares, size=rounds)
-    drawn = np.einsum("bn,nij->bij", draws, wins) + 0.25 * (1 - np.eye(len(systems)))
-    centre = _fit(wins.sum(axis=0)[None])[0]
-    return _intervals(systems, START + centre, START + _fit(drawn))
-
-
-def relative_score(
-    scores: Sequence[float], reference: Sequence[float], rounds: int = 2000, seed: int = 0
-) -> Interval:
-    """Vicuna's measure: the sum of a system's scores as a percentage of the reference's.
-
-    Both are a judge's marks (of 10, say) for the answers to the same prompts. The interval comes
-    from prompts drawn anew. It is a share of *marks*: 99 % means that the judge gave nearly as
-    many, and not that 99 of 100 answers were as good.
-
-    >>> relative_score([8, 6, 7], [8, 8, 8]).mean
-    87.5
-    """
-    mine, theirs = np.asarray(scores, float), np.asarray(reference, float)
-    if mine.shape != theirs.shape or mine.ndim != 1 or not len(mine):
-        raise EvaluationError(
-            f"{mine.size} scores beside {theirs.size}: give one score of each for every prompt"
-        )
-    if theirs.min() < 0 or theirs.sum() <= 0:
-        raise EvaluationError("the reference has no marks, or negative ones; give marks above 0")
-    draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
-    totals = theirs[draws].sum(axis=1)
-    shares = 100 * mine[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(shares, MIDDLE)
-    return Interval(float(100 * mine.sum() / theirs.sum()), float(low), float(high))
+    systems, points = _points(games)
+    shares = np.full(len(points), 1 / len(points))
+    draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
+    drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
+    return _intervals(systems, START + _fit(points.sum(axis=0)[None])[0], START + _fit(drawn))
 
 
 def _systems(games: Sequence[Game]) -> list[str]:
@@ -251,29 +183,26 @@ def _systems(games: Sequence[Game]) -> list[str]:
     return list(dict.fromkeys(name for game in games for name in game[:2]))
 
 
-def _wins(games: Sequence[Game], systems: Sequence[str]) -> np.ndarray:
-    """Points that system i took from system j in each row: `[rows, systems, systems]`."""
-    index = {name: i for i, name in enumerate(systems)}
-    rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
-    wins = np.zeros((len(rows), len(systems), len(systems)))
-    for first, second, score, row in games:
-        wins[rows[row], index[first], index[second]] += score
-        wins[rows[row], index[second], index[first]] += 1 - score
-    return wins
-
-
-def _check_connected(wins: np.ndarray, systems: Sequence[str]) -> None:
-    """Make sure of a maximum: each system took points from each other, maybe by way of others."""
+def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
+    """The systems, and the points that i took from j in each row: `[rows, systems, systems]`."""
     from scipy.sparse.csgraph import connected_components
 
-    count, group = connected_components(wins > 0, connection="strong")
+    systems = _systems(games)
+    index = {name: i for i, name in enumerate(systems)}
+    rows = {row: i for i, row in enumerate(sorted({game.row for game in games}))}
+    points = np.zeros((len(rows), len(systems), len(systems)))
+    for first, second, score, row in games:
+        points[rows[row], index[first], index[second]] += score
+        points[rows[row], index[second], index[first]] += 1 - score
+    # There is a maximum if each system took points from each other, maybe by way of others.
+    count, group = connected_components(points.sum(axis=0) > 0, connection="strong")
     if count > 1:
         aside = [repr(name) for name, g in zip(systems, group, strict=True) if g == group[-1]]
         raise EvaluationError(
             f"{', '.join(aside)} and the others did not take points from each other in both "
-            "directions, so their distance has no finite estimate; play more games, or leave them "
-            "out"
+            "directions: no finite estimate of their distance; play more games, or leave them out"
         )
+    return systems, points
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:

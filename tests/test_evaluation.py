@@ -1,7 +1,6 @@
 """Chapter 10: judges, tournaments and ratings, held against definitions and other estimators."""
 
 import itertools
-import json
 import math
 import random
 
@@ -21,8 +20,6 @@ from qlora_edu.evaluation import (
     exact_judge,
     expected_score,
     play,
-    read_answers,
-    relative_score,
     word_f1,
     word_judge,
 )
@@ -41,46 +38,7 @@ def make_games(strengths: dict[str, float], rows: int, seed: int = 0) -> list[Ga
     return games
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-# Answers and judges
-
-
-def test_answers_are_read_as_written(tmp_path):
-    # A line separator inside an answer is no end of a line.
-    rows = [ROW, {"prompt": "What?", "answers": {"a": "1\u2028", "b": "", "c": "3"}}]
-    path = tmp_path / "answers.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    assert read_answers(path) == rows
-
-
-@pytest.mark.parametrize(
-    "line, says",
-    [
-        ("{", 'cannot read .*line 2 .*; write {"prompt"'),
-        ('{"answers": {"a": "", "b": "", "c": ""}}', 'line 2: write {"prompt"'),
-        ("[1]", 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "x"}}', 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "", "b": 3, "c": ""}}', 'line 2: write {"prompt"'),
-        ('{"prompt": "?", "answers": {"a": "", "b": ""}}', "line 2 has answers of"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, says):
-    path = tmp_path / "answers.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + line + "\n")
-    with pytest.raises(EvaluationError, match=says):
-        read_answers(path)
-
-
-def test_no_file_and_no_rows_are_named(tmp_path):
-    with pytest.raises(EvaluationError, match="cannot read"):
-        read_answers(tmp_path / "nothing.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(EvaluationError, match="no rows"):
-        read_answers(tmp_path / "empty.jsonl")
+# Judges
 
 
 @pytest.mark.parametrize("judge", [exact_judge, word_judge])
@@ -114,6 +72,12 @@ def test_a_judge_sees_the_right_answers_and_must_give_a_verdict():
 
     with pytest.raises(EvaluationError, match="row 0, 'b' against 'a'.*not 0.7"):
         play([ROW], judge)
+
+
+def test_a_missing_answer_is_noticed():
+    hole = {"prompt": "When?", "answers": {"a": "Monday", "c": "?"}}
+    with pytest.raises(EvaluationError, match=r"row 1 has answers of \['a', 'c'\]"):
+        play([ROW, hole], exact_judge)
 
 
 # Elo
@@ -224,29 +188,3 @@ def test_no_games_are_refused():
     for rate in (elo, elo_over_orders, bradley_terry, bradley_terry_over_rows):
         with pytest.raises(EvaluationError, match="no games"):
             rate([])
-
-
-# Vicuna's measure
-
-
-def test_a_relative_score_is_a_share_of_marks():
-    assert relative_score([5, 10], [10, 10]).mean == 75
-    assert relative_score([1, 9], [2, 8]).mean == 100, "not a mean of ratios"
-    same = relative_score([3, 7, 9], [3, 7, 9])
-    assert same == (100, 100, 100)
-    spread = relative_score([9, 1, 9, 1] * 5, [5] * 20)
-    assert spread.low < spread.mean == 100 < spread.high
-
-
-@pytest.mark.parametrize(
-    "scores, reference, says",
-    [
-        ([1], [1, 2], "1 scores beside 2"),
-        ([], [], "0 scores"),
-        ([1], [0], "no marks"),
-        ([1, 1], [3, -1], "negative"),
-    ],  # fmt: skip
-)
-def test_scores_that_mean_nothing_are_refused(scores, reference, says):
-    with pytest.raises(EvaluationError, match=says):
-        relative_score(scores, reference)

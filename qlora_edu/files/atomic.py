@@ -10,10 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def folder(path: Path | str) -> Iterator[Path]:
-    """Make a folder beside the one wanted, which becomes it in one move when all is on the disk.
+    """Yield a folder to write into; it becomes `path`, in one move, when all is on the disk.
 
-    Yields the folder to write into. If the block raises, or the process is killed, `path` (which is
-    not there yet) stays absent.
+    If the block raises, or the process is killed, `path` (which is not there yet) stays absent.
     """
     path = Path(path)
     part = _part_of(path)
@@ -29,26 +28,8 @@ def folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-@contextmanager
-def file(path: Path | str) -> Iterator[Path]:
-    """Name a file beside the one wanted, which replaces it in one move when all is on the disk.
-
-    Yields the file to write. If `path` is there, it stays as it is until the move.
-    """
-    path = Path(path)
-    part = _part_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield part
-        _flush(part)
-        os.replace(part, path)
-        _flush(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file, in UTF-8 with plain line ends, whole or not at all.
+    """Write a file in UTF-8 with plain line ends; what was there stays until the new one is whole.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as place:
@@ -56,8 +37,16 @@ def write_text(path: Path | str, text: str) -> None:
     ...     Path(place, "greeting.txt").read_text()
     'hello\\n'
     """
-    with file(path) as part:
+    path = Path(path)
+    part = _part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
         part.write_text(text, encoding="utf-8", newline="\n")
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _part_of(path: Path) -> Path:
@@ -66,13 +55,12 @@ def _part_of(path: Path) -> Path:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk and not only in memory."""
+    # Windows flushes no file that is open for reading only; it opens no folder, and needs not to.
+    may_write = path.is_file() and os.access(path, os.W_OK)
     try:
-        descriptor = os.open(path, os.O_RDWR)  # Windows flushes no file that is open for reading
-    except OSError:  # a folder, or a file that may only be read
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:  # Windows opens no folder, and needs none to be flushed
-            return
+        descriptor = os.open(path, os.O_RDWR if may_write else os.O_RDONLY)
+    except OSError:
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

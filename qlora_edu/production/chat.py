@@ -7,7 +7,6 @@ by the system that is chosen, or by two. Terminal and widget have `Chat` in comm
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,23 @@ from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base, locate
 from qlora_edu.production.serving import AdapterShelf
 from qlora_edu.text.conversations import Message
-from qlora_edu.text.generation import check_sampling, stream_answer
+from qlora_edu.text.generation import stream_answer
 
 HELP = """\
 Type a message, or one of these:
-  /use NAME            answer by this system (/use alone lists them)
+  /use NAME            answer by this system
   /compare NAME NAME   answer by two, one after the other
-  /temperature NUMBER  0 is greedy; higher is freer
-  /length NUMBER       the most tokens of an answer
-  /remember on|off     hand earlier messages on, or let each stand alone
   /reset               forget the conversation
   /quit                or quit, or exit"""
+EMBEDDED = "data/base-model"
 EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
-"""Shown in the opening line: the embedded adapters read a passage, and answer about it."""
 
 
 @dataclass
 class Chat:
-    """A conversation with the systems of a shelf.
+    """A conversation with the systems of a shelf; with `remember` each has its own.
 
-    Without `remember` each message stands alone, which is how the course's adapters were trained.
-    With it, the conversation goes along, for each system its own.
+    Without it each message stands alone, which is how the course's adapters were trained.
     """
 
     shelf: AdapterShelf
@@ -53,20 +48,16 @@ class Chat:
     ) -> Iterator[str]:
         """Yield the answer as it grows; it ends, and is remembered so far, once `stopped()`.
 
-        Raises:
-            GenerationError: if the message is empty or too long, or a setting cannot be.
-            LoRAError: if there is no such system.
+        `GenerationError` if the message is empty or too long; `LoRAError` for an unknown system.
         """
         if not message.strip():
             raise GenerationError("the message is empty; type something to be answered")
-        self.shelf.check(system)
-        check_sampling(self.temperature, self.top_p)
         past = self.history.get(system, []) if self.remember else []
         messages: list[Message] = [*past, {"role": "user", "content": message.strip()}]
-        text = ""
-        settings = (self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        names, text = ("max_new_tokens", "temperature", "top_p", "seed"), ""
+        settings = {name: getattr(self, name) for name in names}
         with self.shelf.using(system) as model:
-            for text in stream_answer(model, self.tokenizer, messages, *settings):
+            for text in stream_answer(model, self.tokenizer, messages, **settings):
                 yield text
                 if stopped():
                     break
@@ -80,103 +71,61 @@ class Chat:
 
 
 def load_chat(
-    model: str = "data/base-model",
+    model: str = EMBEDDED,
     adapters: Mapping[str, str | Path] | None = None,
     method: str = "qlora",
 ) -> Chat:
-    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and adapters by name.
+    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and folders of adapters by name.
 
-    `adapters=None` takes the course's four, which belong to the embedded base.
-
-    Raises:
-        ModelUnavailableError, ConfigError, LoRAError: naming what cannot be loaded.
+    Without `adapters` the embedded base has the course's four.
     """
-    if adapters is None:
+    if not adapters and model == EMBEDDED:
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
     config = FinetuneConfig.from_preset("embedded", model=model, method=method)
     base, tokenizer = load_base(config)
-    return Chat(AdapterShelf(base, adapters), tokenizer)
+    return Chat(AdapterShelf(base, adapters or {}), tokenizer)
 
 
-def opening_lines(chat: Chat, systems: Sequence[str]) -> str:
-    """What the terminal shows first: the systems, an example, and how to get help."""
-    names = f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help"
-    return f"{names}\nGive a passage and ask about it, such as: {EXAMPLE}"
-
-
-def converse(
-    chat: Chat,
-    systems: Sequence[str],
-    read: Callable[[str], str] | None = None,
-    write: Callable[[str], Any] | None = None,
-) -> None:
+def converse(chat: Chat, systems: Sequence[str]) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
     with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
         import readline  # noqa: F401
-    read, systems = read or input, list(systems)
-    write = write or partial(print, end="", flush=True)
+    print(f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help")
+    print(f"Give a passage and ask about it, such as: {EXAMPLE}")
     while True:
         try:
-            line = read("> ").strip()
+            line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            write("\n")
+            print()
             return
-        if line.lower() in ("/quit", "/exit", "quit", "exit"):
+        command, *names = line.split() or [""]
+        if command.lower() in ("/quit", "/exit") or line.lower() in ("quit", "exit"):
             return
         try:
-            if line.startswith("/"):
-                systems = _obey(chat, line, systems, write)
+            if (command, len(names)) in (("/use", 1), ("/compare", 2)):
+                for name in names:
+                    chat.shelf.check(name)
+                systems = names
+            elif command == "/reset":
+                chat.reset()
+            elif command.startswith("/"):
+                print(HELP, f"systems: {', '.join(chat.shelf.names)}", sep="\n")
             else:
                 for system in systems:
-                    _show(chat, line, system, write)
+                    _show(system, chat.answer(line, system))
         except KeyboardInterrupt:
-            write(" (stopped)\n")
+            print(" (stopped)")
         except QloraError as error:
-            write(f"{error}\n")
+            print(error)
 
 
-def _show(chat: Chat, message: str, system: str, write: Callable[[str], Any]) -> None:
+def _show(system: str, answer: Iterator[str]) -> None:
     shown = ""
-    for text in chat.answer(message, system):
-        if not shown:
-            write(f"{system}: ")
+    for text in answer:
         # Letters that a later token completes are held back until they are whole.
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if whole.startswith(shown):
-            write(whole[len(shown) :])
+        if whole and whole.startswith(shown):
+            print(whole[len(shown) :] if shown else f"{system}: {whole}", end="", flush=True)
             shown = whole
-    write("\n" if shown else f"{system}: (says nothing)\n")
-
-
-def _obey(chat: Chat, line: str, systems: list[str], write: Callable[[str], Any]) -> list[str]:
-    command, *words = line.split()
-    if command == "/use" and not words:
-        write(f"{', '.join(chat.shelf.names)}; in use: {', '.join(systems)}\n")
-    elif (command, len(words)) in (("/use", 1), ("/compare", 2)):
-        for name in words:
-            chat.shelf.check(name)
-        return words
-    elif command in ("/temperature", "/length") and len(words) == 1:
-        _set(chat, command, words[0])
-    elif command == "/remember" and words in (["on"], ["off"]):
-        chat.remember = words == ["on"]
-    elif command == "/reset":
-        chat.reset()
-    else:
-        write(HELP + "\n")
-    return systems
-
-
-def _set(chat: Chat, command: str, word: str) -> None:
-    try:
-        number = float(word) if command == "/temperature" else int(word)
-    except ValueError:
-        raise GenerationError(f"{command} wants a number after it, and not {word!r}") from None
-    if isinstance(number, float):
-        check_sampling(number, chat.top_p)
-        chat.temperature = number
-    elif number < 1:
-        raise GenerationError(f"/length must be at least 1, not {number}")
-    else:
-        chat.max_new_tokens = number
+    print("" if shown else f"{system}: (says nothing)")

@@ -5,14 +5,13 @@ any program loads, as fast as the base. **Unmerged**, one base serves several ad
 request says which: a little slower, but ten assistants take one base and ten small files.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_edu.compat import quiet
 from qlora_edu.errors import LoRAError, RunExistsError
@@ -32,54 +31,35 @@ def merged_tensors(
     dtype: torch.dtype = torch.bfloat16,
     original: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The weights of a PEFT model with its adapter merged, under the names of the plain model.
+    """The weights of a PEFT model with its adapter merged, in `dtype`, by the plain model's names.
 
-    Args:
-        model: a PEFT model with one active adapter.
-        into: as for `merge_weight`; a base that was never quantised has only one way.
-        dtype: of the merged weights.
-        original: for `into="original"`, the base's tensors before it was quantised, by name.
-
-    Raises:
-        LoRAError: if the adapter is more than LoRA on linear layers, if nothing is adapted, or if
-            the merged weights would not be finite.
+    `into` is as for `merge_weight`, and `original` the base's tensors from before it was quantised;
+    a base that never was has only one way. `LoRAError` if the adapter is more than plain LoRA.
     """
     if into not in MERGE_TARGETS:
         raise LoRAError(f"into must be one of {MERGE_TARGETS}, not {into!r}")
     config = model.peft_config[model.active_adapter]
-    for field in ("modules_to_save", "use_dora", "trainable_token_indices"):
+    for field in ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices"):
         if getattr(config, field, None):
-            raise LoRAError(
-                f"this adapter has {field}; only plain LoRA can be merged here: merge it with PEFT"
-            )
-    base, merged, changed = model.get_base_model(), {}, 0
+            raise LoRAError(f"only plain LoRA can be merged here; with {field}, merge with PEFT")
+    base, tensors = model.get_base_model(), {}
     for name, parameter in base.named_parameters():
         if "lora_" in name:
             continue
-        owner, _, leaf = name.rpartition(".")
-        owner = owner.removesuffix(".base_layer")
-        module = base.get_submodule(owner)
-        plain_name = f"{owner}.{leaf}"
-        if leaf != "weight" or not hasattr(module, "get_delta_weight"):
-            merged[plain_name] = parameter.detach().to(dtype)
-            continue
-        changed += 1
-        delta = module.get_delta_weight(model.active_adapter).detach()
-        weight = _weight_of(module.get_base_layer())
-        if isinstance(weight, QuantizedTensor):
-            before = None if original is None else original.get(plain_name)
-            merged[plain_name] = merge_weight(weight, delta, into, before, dtype).to(dtype)
-        else:
-            total = weight.float() + delta.float()
-            if not total.isfinite().all():
-                raise LoRAError(
-                    f"merging would write NaN or infinity into {plain_name}: adapter or base are "
-                    "damaged; load them again"
-                )
-            merged[plain_name] = total.to(dtype)
-    if not changed:
-        raise LoRAError("no layer of this model is adapted: attach an adapter before merging")
-    return merged
+        name = name.replace(".base_layer.", ".")
+        layer, weight = base.get_submodule(name.rpartition(".")[0]), parameter.detach()
+        packed = hasattr(parameter, "quant_state")
+        if packed:
+            state = getattr(layer, "base_layer", layer).state_dict()
+            weight = QuantizedTensor.from_state_dict(state)
+        if name.endswith(".weight") and hasattr(layer, "get_delta_weight"):
+            delta = layer.get_delta_weight(model.active_adapter).detach()
+            before = (original or {}).get(name) if packed else weight
+            weight = merge_weight(weight, delta, into if packed else "original", before, dtype)
+        elif packed:
+            weight = weight.dequantize(dtype)
+        tensors[name] = weight.to(dtype)
+    return tensors
 
 
 def write_merged(
@@ -92,57 +72,32 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    It is written whole or not at all. `merged.json` in it says what was merged into what.
-
-    Raises:
-        RunExistsError: if the folder is there already.
-        LoRAError: see `merged_tensors`.
+    It is written whole or not at all; its configuration says what was merged into what. Nothing is
+    overwritten: `RunExistsError`. The rest is as for `merged_tensors`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = Path(folder)
+    folder, base = Path(folder), model.get_base_model()
     if folder.exists():
         raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     tensors = merged_tensors(model, into, dtype, original)
-    fields = model.get_base_model().config.to_dict()
+    adapter = model.peft_config[model.active_adapter]
+    fields = base.config.to_dict() | {"merged_into": into, "r": adapter.r}
+    fields |= {"base_model": adapter.base_model_name_or_path, "lora_alpha": adapter.lora_alpha}
     for field in ("quantization_config", "_name_or_path"):
         fields.pop(field, None)
-    with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype)
-    plain.load_state_dict(tensors, strict=False, assign=True)
+    with torch.device("meta"):
+        plain = type(base)(type(base.config)(**fields))
+    plain.load_state_dict(tensors, strict=False, assign=True)  # a tied head has no tensor
     plain.tie_weights()
-    left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
-    if left:
-        raise LoRAError(
-            f"the merged model lacks {', '.join(left)}; give the model that was fine-tuned, whole"
-        )
-    adapter = model.peft_config[model.active_adapter]
-    metadata = {"base_model": adapter.base_model_name_or_path, "merged_into": into}
-    metadata |= {"dtype": str(dtype).removeprefix("torch."), "r": adapter.r}
-    metadata |= {"lora_alpha": adapter.lora_alpha}
     with atomic.folder(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "merged.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
-def _weight_of(layer: nn.Module) -> Tensor | QuantizedTensor:
-    """The weight of a linear layer; if bitsandbytes holds it in 4 bits, as our own kind."""
-    if not hasattr(layer.weight, "quant_state"):
-        return layer.weight.detach()
-    return QuantizedTensor.from_state_dict(layer.state_dict())
-
-
 class AdapterShelf:
-    """One base in memory, several adapters beside it, and each request takes one.
+    """One base in memory, adapters beside it, by name, from their folders; each request takes one.
 
-    Each is attached on its own; they are never added up. `model`, the base, is changed; `adapters`
-    holds the folder of each by name.
-
-    Raises:
-        LoRAError: if a folder does not fit the base, or for the name "base", which means none.
+    `LoRAError` if a folder does not fit the base, or for the name "base", which means none.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, str | Path]) -> None:
@@ -153,31 +108,17 @@ class AdapterShelf:
         self.model = model.eval()
         self.names = [BASE, *adapters]
 
-    @contextmanager
-    def using(self, name: str) -> Iterator[Any]:
-        """The model with that adapter, while the block lasts; `LoRAError` if there is none."""
-        self.check(name)
-        if len(self.names) == 1:
-            yield self.model
-        elif name == BASE:
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            self.model.set_adapter(name)
-            yield self.model
-
     def check(self, name: str) -> None:
         """Raise `LoRAError` unless there is a system of that name."""
         if name not in self.names:
             raise LoRAError(f"no adapter {name!r}; {did_you_mean(name, self.names)}")
 
-    def nbytes(self, name: str) -> int:
-        """Bytes that a system needs beside the others: an adapter's tensors, or all of the base."""
+    @contextmanager
+    def using(self, name: str) -> Iterator[Any]:
+        """The model with that adapter, while the block lasts; `LoRAError` if there is none."""
         self.check(name)
-        named = dict(self.model.named_parameters())
         if name != BASE:
-            return sum(p.nbytes for n, p in named.items() if "lora_" in n and f".{name}." in n)
-        of_base = [parameter for n, parameter in named.items() if "lora_" not in n]
-        states = [p.quant_state.as_dict(packed=True) for p in of_base if hasattr(p, "quant_state")]
-        constants = [tensor for state in states for tensor in state.values()]
-        return sum(tensor.nbytes for tensor in [*of_base, *constants])
+            self.model.set_adapter(name)
+        bare = name == BASE and len(self.names) > 1
+        with self.model.disable_adapter() if bare else nullcontext():
+            yield self.model

@@ -2,8 +2,7 @@
 
 OpenMP gives each core a thread, and a thread that is ready early *spins*: it keeps its core busy
 until the others are ready. Beside one other busy process that costs a lot: the thread that is
-waited for has no core to run on. Waiting passively, a thread gives its core away. OpenMP reads how
-to wait when it is loaded, so it must be said before that.
+waited for has no core to run on. Waiting passively, a thread gives its core away.
 """
 
 import os
@@ -13,18 +12,14 @@ POLICY, COUNT = "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 
 
 def wait_passively() -> None:
-    """Let waiting threads give their cores away, here (unless torch is loaded) and in children."""
+    """Let waiting threads give their cores away; OpenMP reads this when torch is loaded."""
     os.environ.setdefault(POLICY, "PASSIVE")
 
 
 def choose_threads(seconds: float = 0.4) -> str:
-    """Choose between one thread and one per core, and say in a few words what was chosen.
+    """Take the faster of one thread and one per core, and say in a few words what was taken.
 
-    Where `OMP_NUM_THREADS` or `OMP_WAIT_POLICY` were set before torch was loaded, their choice
-    stands. Elsewhere both are tried for `seconds` in all, in turns, and the faster one is taken.
-
-    >>> choose_threads(0.01)
-    '... thread...'
+    Where `OMP_NUM_THREADS` or a passive `OMP_WAIT_POLICY` is set, that choice stands.
     """
     import torch
 
@@ -33,25 +28,24 @@ def choose_threads(seconds: float = 0.4) -> str:
         how = ", waiting passively"
     elif threads > 1 and COUNT not in os.environ:
         times = dict.fromkeys((1, threads), 0.0)
-        _steps_in(0)  # the first one starts the threads
+        _seconds_per_step(0)  # the first one starts the threads
         for _ in range(4):
             for count in times:
                 torch.set_num_threads(count)
-                times[count] += _steps_in(seconds / 8)
+                times[count] += _seconds_per_step(seconds / 8)
         threads = min(times, key=lambda count: times[count])
         torch.set_num_threads(threads)
         how = f", the faster of 1 and {max(times)} just now"
     return f"{threads} thread{'s' * (threads > 1)}{how}"
 
 
-def _steps_in(seconds: float) -> float:
-    """Seconds per step of a layer's size, over as many as `seconds` have room for, at least one."""
+def _seconds_per_step(seconds: float) -> float:
+    """Time steps of a layer's size for so long, at least one."""
     import torch
 
-    up, x = torch.ones(640, 256, requires_grad=True), torch.ones(256, 256)
+    weight, x = torch.ones(640, 256, requires_grad=True), torch.ones(256, 256)
     started, steps = time.perf_counter(), 0
     while not steps or time.perf_counter() - started < seconds:
-        loss = torch.nn.functional.silu(x @ up.T).square().mean()
-        torch.autograd.grad(loss, up)
+        torch.autograd.grad((x @ weight.T).square().mean(), weight)
         steps += 1
     return (time.perf_counter() - started) / steps

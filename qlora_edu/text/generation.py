@@ -20,11 +20,9 @@ def next_token_probabilities(
 ) -> Tensor:
     """What the next token is drawn from: float32, of the shape of `logits`, `[..., vocabulary]`.
 
-    Args:
-        temperature: divides the logits: below 1 it sharpens, above 1 it flattens; 0 is *greedy*,
-            all on the likeliest token.
-        top_p: then keeps the **nucleus**: the fewest of the likeliest tokens that together have at
-            least that much, made to sum to 1. Of equally likely ones the first is kept.
+    The logits are divided by `temperature`; 0 is *greedy*, all on the likeliest token. Then the
+    **nucleus** is kept: the fewest of the likeliest tokens that together have at least `top_p`,
+    made to sum to 1. Of equally likely ones the first is kept.
 
     Equals transformers' temperature and top-p warpers, but for ties, of which it keeps the last.
     Source: Holtzman and others, arXiv 1904.09751, section 3.1.
@@ -46,12 +44,14 @@ def next_token_probabilities(
     return probabilities
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse a temperature or nucleus that means nothing, with a `GenerationError`."""
-    if not 0 <= temperature < float("inf"):
-        raise GenerationError(f"temperature must be 0 (greedy) or more, not {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise GenerationError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+def check_sampling(temperature: float, top_p: float, max_new_tokens: int = 1) -> None:
+    """Refuse a setting that means nothing, with a `GenerationError`."""
+    require_counts(GenerationError, max_new_tokens=max_new_tokens)
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+        raise GenerationError(
+            "temperature must be 0 (greedy) or more, and top_p above 0 and at most 1, "
+            f"not {temperature!r} and {top_p!r}"
+        )
 
 
 @torch.no_grad()
@@ -62,21 +62,18 @@ def generate_tokens(
     max_new_tokens: int = 96,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, the next token of each prompt; None for those that have ended.
+    """Yield, step by step, the next token of each prompt; None for those that have had `end`.
 
     Prompts, lists of token ids, are padded on the *left*, the padding is masked, and positions are
     counted from each prompt's own first token: so a prompt gets the same answer alone and in a
-    batch, but for the last bits of floats. `model` is a causal language model of transformers, in
-    evaluation mode; the token `end` is not yielded; draws come from `generator` and nothing else.
+    batch, but for the last bits of floats. `model` is one of transformers, in evaluation mode.
 
     Raises:
-        GenerationError: if a prompt fills the positions that the model knows.
-        GenerationError: for an empty prompt or a bad setting.
+        GenerationError: for an empty prompt, one that fills all positions, or a bad setting.
     """
-    check_sampling(temperature, top_p)
-    require_counts(GenerationError, max_new_tokens=max_new_tokens)
+    check_sampling(temperature, top_p, max_new_tokens)
     if not prompts or not all(map(len, prompts)):
         raise GenerationError("a prompt is empty; there is nothing to go on from")
     device, longest = next(model.parameters()).device, max(map(len, prompts))
@@ -87,6 +84,7 @@ def generate_tokens(
             f"the prompt has {longest:,} tokens, and the model knows {room:,} positions, its own "
             "answer included; shorten the prompt, or begin a new conversation"
         )
+    generator = torch.Generator().manual_seed(seed)
     ids = pad(prompts, end, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     going, kept = [True] * len(prompts), None
@@ -109,51 +107,26 @@ def generate_tokens(
 
 
 def sample_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[Message]],
-    max_new_tokens: int = 96,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    batch_size: int = 64,
-    seed: int = 0,
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], **settings: Any
 ) -> list[str]:
-    """Answer each conversation, `batch_size` at a time; greedily, unless `temperature` is above 0.
+    """Answer conversations, all in one batch; `settings` are those of `generate_tokens`.
 
-    With temperature 0 the same answers as `training.generate_answers`, which leaves the loop to
-    transformers. Settings and errors are those of `generate_tokens`.
+    Greedily the same answers as `training.generate_answers`, which leaves the loop to transformers.
     """
-    require_counts(GenerationError, batch_size=batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        encoded = [encode_prompt(tokenizer, p) for p in prompts[start : start + batch_size]]
-        new: list[list[int]] = [[] for _ in encoded]
-        settings = (max_new_tokens, temperature, top_p, generator)
-        for step in generate_tokens(model, encoded, tokenizer.eos_token_id, *settings):
-            for tokens, token in zip(new, step, strict=True):
-                tokens += [] if token is None else [token]
-        answers += [tokenizer.decode(t, skip_special_tokens=True).strip() for t in new]
-    return answers
+    encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
+    steps = list(generate_tokens(model, encoded, tokenizer.eos_token_id, **settings))
+    answers = [[step[i] for step in steps if step[i] is not None] for i in range(len(encoded))]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
 def stream_answer(
-    model: Any,
-    tokenizer: Any,
-    messages: Sequence[Message],
-    max_new_tokens: int = 96,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    model: Any, tokenizer: Any, messages: Sequence[Message], **settings: Any
 ) -> Iterator[str]:
     """Yield the answer so far, longer at each step, as a chat window shows it.
 
-    It is the whole answer each time, and not the new piece: one token is not always whole letters,
-    so what the last one looks like may change when the next has come.
+    One token is not always whole letters: the end may change when the next token has come.
     """
-    prompt = encode_prompt(tokenizer, messages)
-    generator, new = torch.Generator().manual_seed(seed), []
-    settings = (max_new_tokens, temperature, top_p, generator)
-    for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, *settings):
+    prompt, new = encode_prompt(tokenizer, messages), []
+    for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, **settings):
         new.append(token)
         yield tokenizer.decode(new, skip_special_tokens=True).strip()

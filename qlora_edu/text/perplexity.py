@@ -21,6 +21,7 @@ from qlora_edu.text.conversations import (
     IGNORED,
     encode_messages,
     encode_plain,
+    messages_of,
     pad,
     read_jsonl,
     require_counts,
@@ -40,22 +41,15 @@ class Surprise(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss.
-
-        >>> round(Surprise(torch.tensor([4 * math.log(8)]), torch.tensor([4])).perplexity, 5)
-        8.0
-        """
+        """The exponential of the loss."""
         return math.exp(self.loss)
 
 
 def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list[list[int]]:
-    """Read a JSONL file of `{"text": ...}` or chat `{"messages": [...]}` as token ids.
+    """Read a JSONL file of `{"text": …}` or `{"messages": […]}` as token ids, at most `max_length`.
 
-    A text gets the begin and the end token around it, as far as the tokenizer has them; chat goes
-    through the tokenizer's template. Each document is cut at `max_length` tokens.
-
-    Raises:
-        DataError: the file or a line of it cannot be used; the message names the line.
+    A text gets the begin and the end token around it, as far as the tokenizer has them; messages go
+    through the tokenizer's template. `DataError` names a line that cannot be used.
     """
     require_counts(DataError, max_length=max_length)
     begin, end = (
@@ -64,22 +58,19 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
     )
     rows = []
     for where, document in read_jsonl(Path(path)):
-        if "messages" in document:
-            ids = encode_messages(tokenizer, document["messages"])
-        elif "text" in document:
+        if isinstance(document, dict) and isinstance(document.get("text"), str):
             ids = begin + encode_plain(tokenizer, document["text"]) + end
         else:
-            raise DataError(f"{where}: needs 'messages' or 'text', found only {sorted(document)}")
+            ids = encode_messages(tokenizer, messages_of(document, where), where)
         rows.append(ids[:max_length])
     return rows
 
 
 @torch.no_grad()
 def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) -> Surprise:
-    """The loss of a causal language model on every document, in the order given.
+    """The loss of a causal language model on the token ids of each document, in the order given.
 
-    `model` takes `input_ids`, `[batch, tokens]`, and returns an object with `.logits`; `rows` are
-    the token ids of each document, at least two: the first is only read.
+    Each has two tokens or more: the first is only read.
     """
     require_counts(DataError, batch_size=batch_size)
     short = [number for number, row in enumerate(rows) if len(row) < 2]
@@ -106,27 +97,20 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
 def rounded_weights(
     model: nn.Module, round_trip: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
 ) -> Iterator[nn.Module]:
-    """Within the block, `model` computes with its weights quantised and read back.
+    """Within the block, `model` computes with its weights quantised and read back by `round_trip`.
 
-    Args:
-        round_trip: takes a weight and returns it rounded; same shape.
-        names: of the parameters to round; by default the weight of every `nn.Linear` except the
-            output head. Afterwards the old weights are back, to the bit.
-
-    Raises:
-        KeyError: for a name that is no parameter of the model; nothing is changed then.
+    `names` says which parameters; by default `linear_weights`. Afterwards the old ones are back.
     """
-    parameters = dict(model.named_parameters())
     names = linear_weights(model) if names is None else names
-    chosen = {name: parameters[name] for name in names}
-    before = {name: parameter.data for name, parameter in chosen.items()}
+    chosen = [model.get_parameter(name) for name in names]
+    before = [parameter.data for parameter in chosen]
     try:
-        for parameter in chosen.values():
+        for parameter in chosen:
             parameter.data = round_trip(parameter.data).to(parameter.dtype)
         yield model
     finally:
-        for name, parameter in chosen.items():
-            parameter.data = before[name]
+        for parameter, data in zip(chosen, before, strict=True):
+            parameter.data = data
 
 
 def linear_weights(model: nn.Module) -> list[str]:

@@ -65,10 +65,9 @@ def test_merged_loads_in_a_process_without_peft(method, dtype, tolerance, tmp_pa
     torch.testing.assert_close(theirs, unmerged, rtol=0, atol=tolerance)
     with model.disable_adapter():
         assert (logits_of(model) - unmerged).abs().max() > 5, "the adapter does next to nothing"
-    facts = json.loads((folder / "merged.json").read_text())
-    assert facts["merged_into"] == "dequantized" and facts["r"] == 16
     config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config and config["dtype"] == facts["dtype"]
+    assert config["merged_into"] == "dequantized" and config["r"] == 16
+    assert "quantization_config" not in config and config["dtype"] == str(dtype)[6:]
 
 
 def test_a_merged_weight_is_the_sum(tmp_path):
@@ -152,19 +151,10 @@ def test_each_adapter_answers_as_if_it_were_alone(shelf):
     assert min(apart) > 1
 
 
-def test_a_shelf_takes_one_base_and_small_files(shelf):
-    shelf, method = shelf
-    tensors = load_file(Path(FOLDERS["record"]) / "adapter_model.safetensors")
-    assert shelf.nbytes("record") == sum(4 * tensor.numel() for tensor in tensors.values())
-    of_base = shelf.nbytes("base")
-    assert of_base == 12_067_840 if method == "lora" else 2_400_000 < of_base < 2_600_000
-
-
 def test_an_unknown_adapter_is_named_with_what_there_is(shelf):
     shelf, _ = shelf
-    for ask in (shelf.check, shelf.nbytes):
-        with pytest.raises(LoRAError, match="did you mean 'record'"):
-            ask("recrod")
+    with pytest.raises(LoRAError, match="did you mean 'record'"):
+        shelf.check("recrod")
     with (
         pytest.raises(LoRAError, match="there are base, absent, question"),
         shelf.using("x"),
@@ -180,18 +170,19 @@ def test_a_shelf_refuses_what_does_not_fit(tmp_path):
         AdapterShelf(base, {"nothing": tmp_path})
     shelf = AdapterShelf(base, {"all": FOLDERS["all"]})
     before = logits_of(shelf.model)
-    for change, error in (
-        (lambda tensors, key: tensors.pop(key), LoRAError),
-        (lambda tensors, key: tensors[key].fill_(float("nan")), LoRAError),
-    ):
+    for change in ("pop", "fill"):
         tensors = load_file(Path(FOLDERS["record"]) / "adapter_model.safetensors")
-        change(tensors, sorted(tensors)[0])
-        folder = tmp_path / error.__name__
+        key = sorted(tensors)[0]
+        if change == "pop":
+            tensors.pop(key)
+        else:
+            tensors[key].fill_(float("nan"))
+        folder = tmp_path / change
         folder.mkdir()
         save_file(tensors, folder / "adapter_model.safetensors")
         config = (Path(FOLDERS["record"]) / "adapter_config.json").read_text()
         (folder / "adapter_config.json").write_text(config)
-        with pytest.raises(error):
+        with pytest.raises(LoRAError):
             attach_adapter(shelf.model, folder, name="broken")
         assert list(shelf.model.peft_config) == ["all"]
         assert torch.equal(logits_of(shelf.model), before)

@@ -45,7 +45,9 @@ def test_the_faster_of_two_is_taken(monkeypatch, faster):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(
-        threads, "_steps_in", lambda seconds: 1.0 if torch.get_num_threads() == faster else 2.0
+        threads,
+        "_seconds_per_step",
+        lambda seconds: 1.0 if torch.get_num_threads() == faster else 2.0,
     )
     try:
         torch.set_num_threads(2)

@@ -66,7 +66,7 @@ def test_a_conversation_keeps_its_whole_row(tmp_path):
 def test_a_folder_is_read_at_its_split(tmp_path):
     (tmp_path / "test.jsonl").write_text(GOOD)
     assert read_conversations(tmp_path, "test") == [talk("Who?", "Ida")]
-    with pytest.raises(DataError, match=r"train\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"cannot read .*train\.jsonl"):
         read_conversations(tmp_path)
 
 
@@ -82,19 +82,22 @@ def test_guanaco_layout_becomes_messages(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"messages": [', "not a line of JSON"),
-        (b'{"text": "caf\xe9"}', "not a line of JSON in UTF-8"),
-        (b'["a"]', "must be a JSON object, not list"),
-        (b'{"prompt": "a"}', "needs 'messages' or 'text', found only ['prompt']"),
-        (b'{"messages": null}', "'messages' is null"),
-        (b'{"text": null}', "'text' is null"),
-        (b'{"text": 3}', "'text' is int; it must be a str"),
-        (b'{"text": "hello"}', "must begin with '### Human:'"),
-        (b'{"messages": ["a"]}', "messages[0] must be an object"),
-        (b'{"messages": [{"role": "user"}]}', "messages[0]: the field 'content' is missing"),
-        (b'{"messages": [{"role": "user", "content": null}]}', "'content' is null"),
-        (b'{"messages": [{"content": "a"}]}', "'role' is missing"),
-        (b'{"messages": [{"role": "bot", "content": "a"}]}', "unknown role 'bot'"),
+        (b'{"messages": [', "write one JSON object per line, in UTF-8"),
+        (b'{"text": "caf\xe9"}', "write one JSON object per line, in UTF-8"),
+        (b'["a"]', "and not ['a']"),
+        (b'{"prompt": "a"}', "and not {'prompt': 'a'}"),
+        (b'{"messages": null}', "and not {'messages': None}"),
+        (b'{"text": null}', "and not {'text': None}"),
+        (b'{"text": 3}', "and not {'text': 3}"),
+        (b'{"text": "hello"}', "### Human: … ### Assistant: …\"}, and not {'text': 'hello'}"),
+        (b'{"text": "hello ### Human: a### Assistant: b"}', "and not {'text': 'hello"),
+        (b'{"messages": "a", "text": "### Human: a### Assistant: b"}', "'messages': 'a'"),
+        (b'{"messages": ["a"]}', "and not a"),
+        (b'{"messages": [{"role": "user"}]}', "and not {'role': 'user'}"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "'content': None}"),
+        (b'{"messages": [{"content": "a"}]}', "and not {'content': 'a'}"),
+        (b'{"messages": [{"role": "bot", "content": "a"}]}', "and not {'role': 'bot'"),
+        (b'{"messages": [{"role": "user", "content": "a", "name": "Eva"}]}', "'name': 'Eva'"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
         (b'{"messages": []}', "no assistant turn"),
     ],
@@ -104,7 +107,7 @@ def test_a_bad_line_is_an_error_with_file_and_line(tmp_path, line, says):
     path.write_bytes(GOOD.encode() + b"\n" + line + b"\n")
     with pytest.raises(DataError) as caught:
         read_conversations(path)
-    assert f"{path}:2: " in str(caught.value) and says in str(caught.value)
+    assert f"{path}:2" in str(caught.value) and says in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -117,10 +120,10 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (f"[{GOOD},\n{GOOD}]".encode(), ":1: not a line of JSON.*; write one object per line"),
-        (f"\n [\n{GOOD}\n]".encode(), ":2: not a line of JSON.*; write one object per line"),
-        (gzip.compress(GOOD.encode(), mtime=0), ":1: not a line of JSON in UTF-8"),
-        (json.dumps(json.loads(GOOD), indent=1).encode(), ":1: not a line of JSON.*per line"),
+        (f"[{GOOD},\n{GOOD}]".encode(), ":1 .*; write one JSON object per line"),
+        (f"\n [\n{GOOD}\n]".encode(), ":2 .*; write one JSON object per line"),
+        (gzip.compress(GOOD.encode(), mtime=0), ":1 .*; write one JSON object per line"),
+        (json.dumps(json.loads(GOOD), indent=1).encode(), ":1 .*; write one JSON object per line"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_told_what_to_become(tmp_path, content, says):
@@ -162,7 +165,7 @@ def test_a_hub_data_set_out_of_reach_is_named_with_a_way_out(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"'someone/talks'.*no route.*download it elsewhere"):
+    with pytest.raises(DataError, match=r"'someone/talks'.*no route.*download it"):
         read_conversations("someone/talks")
 
 
@@ -216,8 +219,8 @@ def test_the_papers_layout_serves_a_base_model_without_a_template(tokenizer):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}", "never learn to stop"),
-        ("{{ messages[-1]['content'] }}{{ eos_token }}", "does not write turn 2 the same way"),
+        ("{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}", "never learns to stop"),
+        ("{{ messages[-1]['content'] }}{{ eos_token }}", "must write turn 2 the same way"),
     ],
 )
 def test_a_template_that_hides_the_answer_is_refused(tokenizer, template, says):
