@@ -9,9 +9,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from typing import Any, get_args
+from typing import Any
 
 from qlora_edu.errors import ConfigError, PlanError, QloraError
 
@@ -71,15 +71,22 @@ def doctor(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Will a training step fit on a card?  plan llama-7b --card 24 --batch_size 4"""
+    from transformers.hf_argparser import string_to_bool
+
     from qlora_edu.memory import GIB, MODELS, OPTIMIZERS, RESERVE, plan_memory
     from qlora_edu.planner.fake_step import StepSettings
+    from qlora_edu.production.config import FinetuneConfig
 
-    parser = _parser("plan", "MODEL [--card GB] [--SETTING VALUE ...]")
+    parser = argparse.ArgumentParser(**_about("plan", "MODEL [--card GB] [--SETTING VALUE ...]"))
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
     parser.add_argument("--card", type=float, default=24.0, metavar="GB", help="the card's memory")
     defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
-    _add_settings(parser, defaults, {"optim": OPTIMIZERS}, PLANNED)
+    meanings = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)} | PLANNED
+    for name, default in defaults.items():
+        kind = string_to_bool if isinstance(default, bool) else type(default)
+        choices, meaning = OPTIMIZERS if name == "optim" else None, meanings[name]
+        parser.add_argument(f"--{name}", type=kind, choices=choices, default=default, help=meaning)
     given = _parse(parser, argv)
     card = given.pop("card")
     if not 0 < card < 1e6:
@@ -96,7 +103,9 @@ def finetune(argv: Sequence[str]) -> int:
     """QLoRA from start to finish.  finetune --preset embedded --max_steps 100"""
     from qlora_edu.production.threads import choose_threads, wait_passively
 
-    wait_passively()  # said before torch is loaded, or it is not heard
+    wait_passively()  # OpenMP reads it when torch is loaded
+    from transformers import HfArgumentParser
+
     from qlora_edu.finetuning import finetune as run
     from qlora_edu.production.config import PRESETS, FinetuneConfig
 
@@ -110,10 +119,16 @@ def finetune(argv: Sequence[str]) -> int:
     else:
         config = FinetuneConfig.from_yaml(chosen.config)
     usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
-    parser = _parser("finetune", usage, parents=[start])
-    literals = {field.name: get_args(field.type) for field in fields(config)}
-    choices = {name: [w for w in words if isinstance(w, str)] for name, words in literals.items()}
-    _add_settings(parser, asdict(config), choices)
+    about = _about("finetune", usage)
+    parser = HfArgumentParser(FinetuneConfig, **about, parents=[start])  # type: ignore[arg-type]
+    parser.set_defaults(**asdict(config))
+    metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+    for action in parser._actions:
+        action.required = False  # each setting has a value in the preset
+        if action.dest in asdict(config):  # one spelling of each is enough to read
+            action.option_strings = action.option_strings[:1]
+            action.metavar = None if action.choices else metavars.get(action.type, "BOOL")
+            action.help = argparse.SUPPRESS if action.nargs == 0 else action.help
     given = _parse(parser, argv)
     config = FinetuneConfig(**{name: given[name] for name in asdict(config)})
     print(f"computing with {choose_threads()}")
@@ -131,7 +146,8 @@ def chat(argv: Sequence[str]) -> int:
     from qlora_edu.production.chat import EMBEDDED, converse, load_chat
     from qlora_edu.text.generation import check_sampling
 
-    parser = _parser("chat", "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]")
+    usage = "[--model NAME] [--adapter NAME=FOLDER ...] [--use NAME ...]"
+    parser = argparse.ArgumentParser(**_about("chat", usage))
     add = parser.add_argument
     add("--model", default=EMBEDDED, help="the base: a folder, or a name on the Hub")
     add("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="one or several")
@@ -161,40 +177,15 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _parser(name: str, usage: str, **options: Any) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"qlora_edu {name}",
-        usage=f"python -m qlora_edu {name} {usage}",
-        description=(COMMANDS[name].__doc__ or "").partition("  ")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        **options,
-    )
-
-
-def _add_settings(
-    parser: argparse.ArgumentParser,
-    defaults: Mapping[str, Any],
-    choices: Mapping[str, Sequence[str]],
-    meanings: Mapping[str, str] | None = None,
-) -> None:
-    """An option for each setting, of the type of its default."""
-    from transformers.hf_argparser import string_to_bool
-
-    from qlora_edu.production.config import FinetuneConfig
-
-    helps = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)}
-    helps |= meanings or {}
-    for name, default in defaults.items():
-        kind = str if default is None else type(default)
-        parser.add_argument(
-            f"--{name}",
-            type=string_to_bool if kind is bool else kind,
-            default=default,
-            choices=choices.get(name) or None,
-            metavar=None if choices.get(name) else kind.__name__.upper(),
-            help=helps[name],
-        )
+def _about(name: str, usage: str) -> dict[str, Any]:
+    """What every command's parser is made with."""
+    return {
+        "prog": f"qlora_edu {name}",
+        "usage": f"python -m qlora_edu {name} {usage}",
+        "description": (COMMANDS[name].__doc__ or "").partition("  ")[0],
+        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        "allow_abbrev": False,
+    }
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_plan_lists_every_setting_with_its_meaning(capsys):
 
 def test_settings_are_given_in_either_way(tiny, tmp_path, capsys):
     for folder, words in (
-        ("a", ["--max_steps", "2", "--learning_rate", "1e-3", "--double_quant", "no"]),
+        ("a", ["--max_steps", "2", "--learning_rate", "1e-3", "--no_double_quant"]),
         ("b", ["max_steps=2", "learning_rate=1e-3", "--resume", "double_quant=false"]),
     ):
         out = str(tmp_path / folder)

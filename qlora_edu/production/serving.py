@@ -5,6 +5,7 @@ any program loads, as fast as the base. **Unmerged**, one base serves several ad
 request says which: a little slower, but ten assistants take one base and ten small files.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -72,16 +73,17 @@ def write_merged(
 ) -> Path:
     """Write the merged model as a Hugging Face folder: it loads anywhere, without PEFT.
 
-    It is written whole or not at all; its configuration says what was merged into what. Nothing is
-    overwritten: `RunExistsError`. The rest is as for `merged_tensors`.
+    It is written whole or not at all; `merged.json` in it says what was merged into what. Nothing
+    is overwritten: `RunExistsError`. The rest is as for `merged_tensors`.
     """
     folder, base = Path(folder), model.get_base_model()
     if folder.exists():
         raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     tensors = merged_tensors(model, into, dtype, original)
     adapter = model.peft_config[model.active_adapter]
-    fields = base.config.to_dict() | {"merged_into": into, "r": adapter.r}
-    fields |= {"base_model": adapter.base_model_name_or_path, "lora_alpha": adapter.lora_alpha}
+    merged = {"base_model": adapter.base_model_name_or_path, "merged_into": into}
+    merged |= {"r": adapter.r, "lora_alpha": adapter.lora_alpha}
+    fields = base.config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
         fields.pop(field, None)
     with torch.device("meta"):
@@ -91,6 +93,7 @@ def write_merged(
     with atomic.folder(folder) as part, quiet():
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        (part / "merged.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     return folder
 
 

@@ -66,7 +66,8 @@ def test_merged_loads_in_a_process_without_peft(method, dtype, tolerance, tmp_pa
     with model.disable_adapter():
         assert (logits_of(model) - unmerged).abs().max() > 5, "the adapter does next to nothing"
     config = json.loads((folder / "config.json").read_text())
-    assert config["merged_into"] == "dequantized" and config["r"] == 16
+    merged = json.loads((folder / "merged.json").read_text())
+    assert merged["merged_into"] == "dequantized" and merged["r"] == 16
     assert "quantization_config" not in config and config["dtype"] == str(dtype)[6:]
 
 
