@@ -1,8 +1,7 @@
 """Support for chapter 9: what happens between the steps of a run.
 
-A checkpoint is written at the *beginning* of a step: then the rows, the learning rate and the
-random state of the coming step are settled, and nothing of it has happened. A resumed run begins at
-that very point.
+A checkpoint is written at the *beginning* of a step: then its rows, learning rate and random state
+are settled, and nothing of it has happened. A resumed run begins at that very point.
 """
 
 import json
@@ -44,17 +43,23 @@ class FinetuneCallback(TrainerCallback):
             run.seconds, run.before = self.kept["seconds"], Scores(**self.kept["before"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Look at the gradients, put the optimizer's state back, start the clock."""
+        """Try the longest batch, put the optimizer's state back, start the clock."""
+        config, model = self.run.config, others["model"]
         longest = sorted(self.run.rows, key=lambda row: -len(row["input_ids"]))
-        check_gradients(others["model"], collate(longest[: self.run.config.batch_size]))
+        # Beside the batch there must be room for the optimizer's two states, if they are not paged.
+        states = 0 if args.optim.startswith("paged") else 2
+        size = states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        reserved = torch.empty(size, dtype=torch.uint8, device=model.device)
+        check_gradients(model, collate(longest[: config.batch_size]))
+        del reserved
         if self.resume_from is not None:
             tensors = load_file(self.resume_from / "optimizer.safetensors")
             load_optimizer_state(others["optimizer"], tensors, self.kept["optimizer"])
             others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
         self.bar = tqdm(
-            total=self.run.config.max_steps,
+            total=config.max_steps,
             initial=state.global_step,
-            desc=self.run.config.method,
+            desc=config.method,
             unit="step",
             file=sys.stdout,
             ncols=80,
@@ -65,23 +70,21 @@ class FinetuneCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Put the random state back, after resuming; or write a checkpoint, when one is due."""
         if self.resume_from is not None:
-            if args.world_size > 1:  # each process has its own, and only the first one's is kept
-                print(f"resumed over {args.world_size} processes: dropout is drawn anew from here")
-            else:
-                path = self.resume_from / "random_state.safetensors"
-                with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
-                    set_random_state(load_file(path))
+            path = self.resume_from / "random_state.safetensors"
+            with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
+                set_random_state(load_file(path))
             self.resume_from = None
-        elif self._is_due(state.global_step, self.run.config.save_steps) and self.run.writes:
+        elif is_due(state.global_step, self.run.config.save_steps):
             self._save(state, **others)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Move the bar; let the model answer, when a sample is due."""
         self.bar.update()
-        if self._is_due(state.global_step, self.run.config.sample_steps):
-            prompts = [messages[:-1] for messages in self.run.held_out[:2]]
-            length = self.run.config.max_new_tokens
-            answers = generate_answers(others["model"], self.run.tokenizer, prompts, length)
+        run = self.run
+        if is_due(state.global_step, run.config.sample_steps):
+            prompts = [messages[:-1] for messages in run.held_out[:2]]
+            length = run.config.max_new_tokens
+            answers = generate_answers(others["model"], run.tokenizer, prompts, length)
             for prompt, answer in zip(prompts, answers, strict=True):
                 question = (prompt[-1]["content"].splitlines() or [""])[-1]
                 self.bar.write(f"step {state.global_step}: {question[:60]!r} -> {answer[:70]!r}")
@@ -103,10 +106,6 @@ class FinetuneCallback(TrainerCallback):
         """Stop the clock."""
         self.run.seconds += time.monotonic() - self.started
         self.bar.close()
-
-    @staticmethod
-    def _is_due(step: int, every: int) -> bool:
-        return step > 0 and every > 0 and step % every == 0
 
     def _save(self, state: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
         run = self.run
@@ -132,6 +131,11 @@ class FinetuneCallback(TrainerCallback):
         save_checkpoint(folder, state.global_step, write, run.metadata, keep)
 
 
+def is_due(step: int, every: int) -> bool:
+    """Is it time for what happens `every` so many steps, or never for 0?"""
+    return step > 0 and every > 0 and step % every == 0
+
+
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     """Go forward and back once, and make sure that gradients reach every part of the first layer.
 
@@ -145,12 +149,8 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     try:
         with torch.random.fork_rng():
             loss = completion_loss(model, batch)
-            if not loss.requires_grad:
-                raise TrainingError(
-                    "before step 1: the loss depends on no trainable parameter; load the model "
-                    "anew, and leave its adapters on"
-                )
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
     except torch.OutOfMemoryError as error:
         rows, length = batch["input_ids"].shape
         raise DoesNotFitError(
@@ -163,15 +163,12 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     for name, gradient in gradients.items():
         if layers and not name.startswith(layers[0]):
             continue
-        if gradient is None or not gradient.isfinite().all():
-            raise TrainingError(
-                f"before step 1: the gradient of {name} is missing or not finite; look for damaged "
-                "weights in the base"
-            )
         # B starts at zero, so at the first step the gradient of A is zero.
-        if not gradient.any() and "lora_A" not in name:
+        arrives = gradient is not None and (gradient.any() or "lora_A" in name)
+        if not arrives or not gradient.isfinite().all():
             raise TrainingError(
-                f"before step 1: no gradient reaches {name}. A layer above it cuts the backward "
-                "pass; load the model again, call forbid_cpu_repacking, and only then evaluate it"
+                f"before step 1: the gradient of {name} is missing, zero or not finite. A layer "
+                "above it cuts the backward pass, or weights of the base are damaged: load the "
+                "model again, and call forbid_cpu_repacking before it is evaluated"
             )
     model.zero_grad(set_to_none=True)
