@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import ConfigError, DataError, TrainingError, reading
+from qlora_edu.errors import ConfigError, TrainingError
 from qlora_edu.memory import MemoryPlan, plan_memory
 from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.production.checkpoints import (
@@ -28,7 +28,6 @@ from qlora_edu.production.checkpoints import (
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import check_positions, check_targets, load_base, locate
 from qlora_edu.production.run_folder import (
-    FinetuneResult,
     Run,
     Scores,
     checkpoints_of,
@@ -41,7 +40,7 @@ from qlora_edu.text.conversations import encode_conversations, read_conversation
 from qlora_edu.training import exact_match, generate_answers, held_out_loss, row_order
 
 
-def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> FinetuneResult:
+def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> Run:
     """Fine-tune, measure before and after, and write a run folder.
 
     The folder holds the adapter (or the whole model, for `method="full"`), the tokenizer,
@@ -50,10 +49,9 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
     whole, to the same bits on a CPU.
 
     Raises:
-        QloraError: in the kind that fits: `RunExistsError`, `ModelUnavailableError`, `DataError`,
-            `ConfigError`, `DoesNotFitError`, `TrainingError`, `CheckpointError`.
+        QloraError: in the kind that fits, such as `RunExistsError` or `DoesNotFitError`.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "several processes were started, and this course fine-tunes in one, on one GPU: start "
             "`python -m qlora_edu finetune` by itself, without accelerate or torchrun"
@@ -67,11 +65,14 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
             prepare(run, resume)
             run.before = run.before or measure(run)
             train(run)
-            result = write(run, measure(run))
+            run.after = measure(run)
+            with quiet():
+                write_run(run)
     remove_checkpoints(folder)
+    run.trainer = None  # and with it the optimizer's states
     print(f"run folder {folder}; the training time leaves out loading and both measurements")
-    print(result.closing_line())
-    return result
+    print(run.closing_line())
+    return run
 
 
 def prepare(run: Run, resume: bool) -> None:
@@ -84,20 +85,14 @@ def prepare(run: Run, resume: bool) -> None:
     check_targets(model, config)
     held_out = read_conversations(locate(config.held_out_data), "test")
     run.held_out = held_out[: config.held_out_rows]
+    run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
     train_data = read_conversations(locate(config.train_data), "train")
-    rows = f"the rows by the chat template of {config.model}"
-    with reading(rows, DataError, "mend the template"):
-        run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
-        run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
+    run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
     check_positions(model, run.encoded + run.rows)
     run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
     limit, asked = config.max_new_tokens, run.encoded[: config.answer_rows]
-    long = sum(sum(label != -100 for label in row["labels"]) > limit for row in asked)
-    if long:
-        print(
-            f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens, so "
-            "generation stops before their end"
-        )
+    if long := sum(sum(label != -100 for label in row["labels"]) > limit for row in asked):
+        print(f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens")
     if found:
         run.checkpoint, metadata = found
         check_metadata(run.checkpoint, metadata, run.metadata)
@@ -106,18 +101,18 @@ def prepare(run: Run, resume: bool) -> None:
         print(f"no checkpoint in {saved} yet: the run starts from its beginning")
     run.trainer = make_trainer(config, model, run.tokenizer, run.rows, run.part)
     run.trainer.add_callback(FinetuneCallback(run))
+    run.model = run.trainer.model
     print(f"{config.method}: {config.model}, {run.trainable_parameters:,} parameters to train")
 
 
 def measure(run: Run) -> Scores:
     """The held-out loss, and answers to the first `answer_rows` of the held-out rows."""
-    config, model = run.config, run.trainer.model
-    asked = run.held_out[: config.answer_rows]
+    asked, size = run.held_out[: run.config.answer_rows], run.config.eval_batch_size
     prompts = [conversation[:-1] for conversation in asked]
     wanted = [conversation[-1]["content"] for conversation in asked]
-    limit, size = config.max_new_tokens, config.eval_batch_size
-    answers = generate_answers(model, run.tokenizer, prompts, limit, size)
-    loss = held_out_loss(model, run.encoded, size)
+    limit = run.config.max_new_tokens
+    answers = generate_answers(run.model, run.tokenizer, prompts, limit, size)
+    loss = held_out_loss(run.model, run.encoded, size)
     if not math.isfinite(loss):
         raise TrainingError(f"the held-out loss is {loss}; the weights are damaged or diverged")
     return Scores(loss, exact_match(answers, wanted) if asked else None, answers)
@@ -127,26 +122,7 @@ def train(run: Run) -> None:
     """Let the trainer take its steps, from the checkpoint on if there is one."""
     with quiet():
         run.trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-
-
-def write(run: Run, after: Scores) -> FinetuneResult:
-    """Fill the run folder; the result."""
-    assert run.before is not None
-    result = FinetuneResult(
-        config=run.config,
-        folder=run.folder,
-        before=run.before,
-        after=after,
-        training_seconds=run.seconds,
-        losses=run.losses,
-        trainable_parameters=run.trainable_parameters,
-        held_out=run.held_out,
-        model=run.trainer.model.eval(),
-        tokenizer=run.tokenizer,
-    )
-    with quiet():
-        write_run(run.part, result, run.metadata)
-    return result
+    run.model.eval()
 
 
 def adapter_config(config: FinetuneConfig) -> Any:
@@ -198,7 +174,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
         seed=config.seed,
-        data_seed=config.seed,
         # The rows come encoded and labelled: TRL has nothing to add or to cut.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
@@ -210,7 +185,6 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        trust_remote_code=False,
     )
     settings._n_gpu = min(settings.n_gpu, 1)  # or a step would see the rows of every card
     return settings

@@ -143,7 +143,8 @@ def test_settings_come_from_yaml(tmp_path):
         "guanaco-7b", learning_rate=1e-4, lora_alpha=32.0, model="my/model", max_steps=7
     )
     for text, says in {
-        "presett: embedded": "lacks name, model, train_data, held_out_data",
+        "presett: embedded": "no setting 'presett'; did you mean 'preset'",
+        "r: 3": "lacks held_out_data, model, name, train_data",
         "preset: embeded": "no preset 'embeded'",
         "preset: embedded\nsteps: 3": "no setting 'steps'",
         "- a": "must hold settings",

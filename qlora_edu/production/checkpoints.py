@@ -72,7 +72,9 @@ def run_metadata(
     held_out: Iterable[dict[str, list[int]]],
 ) -> dict[str, Any]:
     """What a checkpoint or an adapter belongs to: settings, base, rows and versions."""
-    cuda = torch.cuda.is_available()
+    versions = {name: version(name) for name in STACK}
+    versions["python"] = platform.python_version()
+    versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "base_model": config.model,
         "base_sha256": fingerprint(source),
@@ -80,44 +82,33 @@ def run_metadata(
         "base_config_sha256": _sum(base_folder(source) / "config.json"),
         "rows_sha256": _sum_of_rows(rows),
         "held_out_sha256": _sum_of_rows(held_out),
-        "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
-        "versions": {
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "python": platform.python_version(),
-            **{name: version(name) for name in STACK},
-        },
+        "config": asdict(config),
+        "versions": versions,
     }
 
 
 def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume from what belongs to another run; say it if only versions differ."""
-    settings, other = now["config"], saved["config"]
+    was, wanted = _identity(saved), _identity(now)
     changes = [
-        f"{name} was {other.get(name)!r} and is {settings.get(name)!r}"
-        for name in sorted((settings.keys() | other.keys()) - set(CHANGEABLE))
-        if settings.get(name) != other.get(name)
-    ]
-    changes += [
-        f"{what} has changed"
-        for key, what in (
-            ("base_sha256", f"the content of the base {settings['model']!r}"),
-            ("base_config_sha256", f"config.json of the base {settings['model']!r}"),
-            ("rows_sha256", f"the content of train_data, {settings['train_data']!r},"),
-            ("held_out_sha256", f"the content of held_out_data, {settings['held_out_data']!r},"),
-        )
-        if saved.get(key) != now[key]
+        f"{name} was {was.get(name)!r:.20} and is {wanted.get(name)!r:.20}"
+        for name in sorted(was.keys() | wanted.keys())
+        if was.get(name) != wanted.get(name)
     ]
     if changes:
         raise CheckpointError(
-            f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with everything as it "
-            "was, or start a new run"
+            f"{checkpoint} is of another run: {', '.join(changes)}. Bring back the settings and "
+            "the content of base and rows as they were, or start a new run"
         )
     for name, then in saved["versions"].items():
-        if then != now["versions"].get(name):
-            print(
-                f"warning: {name} was {then} and is {now['versions'].get(name)}: the run goes on, "
-                "but perhaps not to the same bits"
-            )
+        if then != (is_now := now["versions"].get(name)):
+            print(f"warning: {name} was {then} and is {is_now}; other bits may come of it")
+
+
+def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be as it was, for a run to go on: settings, and sums of what they name."""
+    sums = {key: value for key, value in metadata.items() if key.endswith("_sha256")}
+    return sums | {k: v for k, v in metadata["config"].items() if k not in CHANGEABLE}
 
 
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -139,9 +130,8 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     with reading(folder / MANIFEST, DamagedFileError, advice):
         metadata = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sums = dict(metadata.pop("sha256"))
-        outside = [n for n in sums if Path(n).is_absolute() or ".." in Path(n).parts]
-        if not sums or outside:
-            raise ValueError("it lists no files, or files outside its folder")
+        if not sums:
+            raise ValueError("it lists no files")
     for name, expected in sums.items():
         path = folder / name
         with reading(path, DamagedFileError, advice):
@@ -196,7 +186,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its metadata; damaged ones are named in passing.
+    """The newest checkpoint that is whole, with its metadata; the damaged ones are named.
 
     Raises:
         DamagedFileError: if there are checkpoints, and none of them is whole.

@@ -51,9 +51,7 @@ class FinetuneConfig:
     double_quant: bool = _setting("quantise the constants of the blocks, too", True)
     compute_dtype: Dtype = _setting("dtype of computation and of weights not in 4 bits", "bfloat16")
     # The adapter.
-    target_modules: str = _setting(
-        "layers with adapters: all-linear (all but the output head), or q_proj,v_proj", "all-linear"
-    )
+    target_modules: str = _setting("with adapters: all-linear, or q_proj,v_proj", "all-linear")
     r: int = _setting("rank of the adapters", 64)
     lora_alpha: float = _setting("the adapters' product is multiplied by lora_alpha / r", 16.0)
     lora_dropout: float = _setting("share of an adapter's inputs that is switched off", 0.1)
@@ -78,9 +76,7 @@ class FinetuneConfig:
     seed: int = _setting("of the adapters, the order of the rows and dropout", 0)
     # The data and the measurements.
     max_length: int = _setting("tokens of a row; what is longer is cut", 512)
-    chat_template: Literal["guanaco", None] = _setting(
-        "guanaco: that of the paper; None: the template that the tokenizer brings", None
-    )
+    chat_template: Literal["guanaco", None] = _setting("None: the one of the tokenizer", None)
     held_out_rows: int = _setting("held-out rows whose loss is measured", 300)
     answer_rows: int = _setting("the first of them that are also answered, for exact match", 300)
     max_new_tokens: int = _setting("tokens of an answer", 96)
@@ -90,9 +86,7 @@ class FinetuneConfig:
     save_steps: int = _setting("steps between two checkpoints; 0 for none", 100)
     save_total_limit: int = _setting("checkpoints that are kept", 2)
     sample_steps: int = _setting("steps between two sample answers; 0 for none", 0)
-    output_dir: str | None = _setting(
-        "folder to be made; None takes the first free one of runs/NAME, runs/NAME-2, ...", None
-    )
+    output_dir: str | None = _setting("a new folder; None: runs/NAME, or runs/NAME-2, ...", None)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -129,7 +123,7 @@ class FinetuneConfig:
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
         """The settings of a preset (see `PRESETS`), with `overrides` on top."""
-        if not isinstance(preset, str) or preset not in PRESETS:
+        if preset not in list(PRESETS):
             raise ConfigError(f"no preset {preset!r}; {did_you_mean(preset, PRESETS)}")
         return cls(**_known({"name": preset, **PRESETS[preset], **overrides}))
 
@@ -142,13 +136,13 @@ class FinetuneConfig:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ConfigError(f"{path} must hold settings as `name: value`, not {settings!r}")
-        settings |= overrides
+        settings = _known(settings | overrides, "preset")
         if "preset" in settings:
-            return cls.from_preset(settings.pop("preset"), **_known(settings))
-        required = [setting.name for setting in fields(cls) if setting.default is MISSING]
-        if missing := [name for name in required if name not in settings]:
+            return cls.from_preset(settings.pop("preset"), **settings)
+        required = {setting.name for setting in fields(cls) if setting.default is MISSING}
+        if missing := sorted(required - settings.keys()):
             raise ConfigError(f"{path} lacks {', '.join(missing)}; or start from a `preset:`")
-        return cls(**_known(settings))
+        return cls(**settings)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""
@@ -162,8 +156,8 @@ def did_you_mean(name: Any, names: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    names = [setting.name for setting in fields(FinetuneConfig)]
+def _known(settings: dict[str, Any], *others: str) -> dict[str, Any]:
+    names = [*(setting.name for setting in fields(FinetuneConfig)), *others]
     for name in settings:
         if name not in names:
             raise ConfigError(f"no setting {name!r}; {did_you_mean(name, names)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_edu.adapters import PEFT_PREFIX, check_tensors
+from qlora_edu.adapters import check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.errors import (
     CheckpointError,
@@ -101,9 +101,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     forbid_cpu_repacking(model)
     if getattr(model.config, "random_init", False):
-        print(
-            f"RANDOM WEIGHTS: {config.model} was never trained; time and memory are real, no more"
-        )
+        print(f"RANDOM WEIGHTS: {config.model} was never trained; only time and memory are real")
     return model, tokenizer
 
 
@@ -129,7 +127,6 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     Raises:
         DamagedFileError: naming a file that is not what the manifest says.
         CheckpointError: if the base is another, even one of the same shape.
-        ModelUnavailableError, LoRAError: as `load_base` and `attach_adapter`.
     """
     folder = Path(folder)
     metadata = verify_manifest(folder)
@@ -147,20 +144,14 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     return attach_adapter(model, folder), tokenizer
 
 
-def attach_adapter(
-    model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
-) -> Any:
+def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it, called `name`. PEFT alone would
-    pass over tensors that are missing, left over or damaged. A base that is deeper than the
-    adapter's is refused too, if not `allow_partial`.
-
-    Returns:
-        The model with the adapter, ready to answer; `model` itself is changed.
+    A model that has an adapter already gets another one beside it, called `name`. Returns the model
+    with the adapter, ready to answer; `model` itself is changed.
 
     Raises:
-        LoRAError: if the files cannot be read, are damaged, or do not fit.
+        LoRAError: if tensors are missing, left over or damaged; PEFT would pass over them.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
@@ -175,10 +166,10 @@ def attach_adapter(
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
         _check_adapter(config, tensors)
-    # The tensors say which layers; the regular expression of a stranger may take for ever.
-    layers = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
-    kinds = {layer.rpartition(".")[2] for layer in layers}
-    config.target_modules = sorted(layers if allow_partial else kinds)
+    # All layers of the kinds that have tensors: so a deeper base is noticed, and the regular
+    # expression of a stranger, which may take for ever, is not run.
+    layers = {name.partition(".lora_")[0] for name in tensors}
+    config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     config.base_model_name_or_path = None  # PEFT writes down what the base is called here
     several = hasattr(model, "peft_config")
     with quiet():
@@ -209,20 +200,18 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
-            raise LoRAError(
-                f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
-                f"{config.r}; take both files from one place",
-                [name],
+            found = (
+                f"{name} has rank {tensor.shape[0]}, and adapter_config.json says r = {config.r}"
             )
+            raise LoRAError(f"{found}; take both files from one place", [name])
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
     """Refuse a target that no linear layer is called by."""
-    if config.targets == "all-linear" or config.method == "full":
-        return
+    targets = () if config.target_modules == "all-linear" else config.targets
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
-    for target in config.targets:
+    for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
                 f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
@@ -236,6 +225,6 @@ def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
     longest = max(len(row["input_ids"]) for row in rows)
     if longest > positions:
         raise DataError(
-            f"the longest row has {longest:,} tokens, and the model knows {positions:,} positions; "
-            "lower max_length to that"
+            f"a row has {longest:,} tokens, and the model knows {positions:,} positions; lower "
+            "max_length to that"
         )

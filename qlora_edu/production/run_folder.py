@@ -30,9 +30,12 @@ class Scores:
     answers: list[str] = field(repr=False)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Run:
-    """A fine-tune on its way: what was prepared, and what has come of it so far."""
+    """A fine-tune: what was prepared for it, and what has come of it so far.
+
+    `finetune` returns it when it is done; `model` and `tokenizer` are then ready to answer.
+    """
 
     config: FinetuneConfig
     folder: Path
@@ -40,54 +43,23 @@ class Run:
     progress: bool
     checkpoint: Path | None = None  # the one that the run goes on from
     metadata: dict[str, Any] = field(default_factory=dict)  # see `run_metadata`
+    model: Any = None
     tokenizer: Any = None
+    trainer: Any = None
     held_out: list[Conversation] = field(default_factory=list)
     encoded: list[dict[str, list[int]]] = field(default_factory=list)  # the held-out rows
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # to train on, encoded
-    trainer: Any = None
-    before: Scores | None = None
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0  # of training
+    before: Any = None  # Scores
+    after: Any = None  # Scores
+    losses: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (step, mean loss since the last)
+    training_seconds: float = 0.0  # without loading and without the two measurements
 
     @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
-
-    @contextlib.contextmanager
-    def saying_where(self) -> Iterator[None]:
-        """Add to whatever ends the run how far it had come, and from where it can go on."""
-        try:
-            yield
-        except (KeyboardInterrupt, torch.OutOfMemoryError, TrainingError) as error:
-            step = self.trainer.state.global_step if self.trainer else 0
-            saved = checkpoints(checkpoints_of(self.folder))
-            goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint"
-            where = f"step {step} of {self.config.max_steps}; {goes_on}"
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"stopped at {where}") from None
-            if isinstance(error, TrainingError):
-                raise TrainingError(f"{error} ({where})") from error
-            raise DoesNotFitError(
-                f"out of memory at {where}. Training: lower batch_size, and begin again. "
-                "Measuring: lower eval_batch_size, and resume"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What came of a run; `model` and `tokenizer` are ready to answer."""
-
-    config: FinetuneConfig
-    folder: Path
-    before: Scores
-    after: Scores
-    training_seconds: float  # without loading and without the two measurements
-    losses: list[tuple[int, float]] = field(repr=False)  # (step, mean loss since the entry before)
-    trainable_parameters: int
-    held_out: list[Conversation] = field(repr=False)
-    model: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures of the run, ready for JSON."""
@@ -104,17 +76,27 @@ class FinetuneResult:
 
     def closing_line(self) -> str:
         """One line: what was measured, before and after."""
-        before, after = self.before, self.after
-        said = (
-            f"held-out loss {before.held_out_loss:.3f} → {after.held_out_loss:.3f} nats on "
-            f"{len(self.held_out)} rows"
-        )
-        if before.exact_match is not None and after.exact_match is not None:
-            said += (
-                f", exact match {before.exact_match:.2f} → {after.exact_match:.2f} on "
-                f"{len(after.answers)}"
-            )
+        losses = f"{self.before.held_out_loss:.3f} → {self.after.held_out_loss:.3f}"
+        said = f"held-out loss {losses} nats on {len(self.held_out)} rows"
+        if self.after.exact_match is not None:
+            matches = f"{self.before.exact_match:.2f} → {self.after.exact_match:.2f}"
+            said += f", exact match {matches} on {len(self.after.answers)}"
         return f"{said}; {self.training_seconds:.0f} s of training"
+
+    @contextlib.contextmanager
+    def saying_where(self) -> Iterator[None]:
+        """Add to whatever ends the run how far it had come, and from where it can go on."""
+        try:
+            yield
+        except (KeyboardInterrupt, torch.OutOfMemoryError, TrainingError) as error:
+            step = self.trainer.state.global_step if self.trainer else 0
+            saved = checkpoints(checkpoints_of(self.folder))
+            goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint"
+            where = f"stopped at step {step} of {self.config.max_steps}; {goes_on}"
+            if isinstance(error, torch.OutOfMemoryError):
+                advice = "lower batch_size and begin again, or eval_batch_size and resume"
+                raise DoesNotFitError(f"{where}. Out of memory: {advice}") from error
+            raise type(error)(f"{where}: {error}" if str(error) else where) from error
 
 
 # Where a run is written
@@ -132,12 +114,8 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
         names = [config.name, *(f"{config.name}-{n}" for n in range(2, 1000))]
         folders = [f for f in (Path("runs") / name for name in names) if not f.exists()]
         interrupted = [f for f in folders if checkpoints_of(f).exists()]
-        if resume and interrupted:
-            return interrupted[-1]
         free = [f for f in folders if f not in interrupted]
-        if not free:
-            raise RunExistsError(f"runs/{config.name} … -999 are all taken; choose another name")
-        return free[0]
+        return interrupted[-1] if resume and interrupted else free[0]
     folder = Path(config.output_dir)
     if folder.exists():
         raise RunExistsError(
@@ -177,23 +155,23 @@ def remove_checkpoints(folder: Path) -> None:
 # What is written
 
 
-def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:
+def write_run(run: Run) -> None:
     """Write adapter (or whole model), tokenizer, settings, measurements and manifest."""
     import yaml
 
-    save_weights(result.model, folder, result.config)
-    result.tokenizer.save_pretrained(folder)
+    save_weights(run.model, run.part, run.config)
+    run.tokenizer.save_pretrained(run.part)
     metrics = [
-        {"event": "before", **asdict(result.before)},
-        *({"event": "step", "step": step, "loss": loss} for step, loss in result.losses),
-        {"event": "after", **asdict(result.after)},
-        {"event": "summary", **result.summary()},
+        {"event": "before", **asdict(run.before)},
+        *({"event": "step", "step": step, "loss": loss} for step, loss in run.losses),
+        {"event": "after", **asdict(run.after)},
+        {"event": "summary", **run.summary()},
     ]
     lines = [json.dumps(metric, ensure_ascii=False, allow_nan=False) for metric in metrics]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = yaml.safe_dump(asdict(result.config), sort_keys=False)
-    (folder / "config.yaml").write_text(settings, encoding="utf-8")
-    write_manifest(folder, metadata)
+    (run.part / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = yaml.safe_dump(asdict(run.config), sort_keys=False)
+    (run.part / "config.yaml").write_text(settings, encoding="utf-8")
+    write_manifest(run.part, run.metadata)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:

@@ -400,7 +400,7 @@ def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(config, stop_at):
     saved = interrupted(config, stop_at)
     for path in saved.iterdir():
         harm(path / "optimizer.safetensors", "missing")
-    with pytest.raises(DamagedFileError, match="none of the 2 checkpoints .* To begin again"):
+    with pytest.raises(DamagedFileError, match="none of the 2 checkpoints .* to begin again"):
         run_finetune(config, progress=False, resume=True)
 
 
@@ -432,7 +432,7 @@ def test_a_checkpoint_of_another_base_is_refused(config, stop_at, base, tmp_path
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-3  # the same shapes, one number of 100,000
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="the content of the base .* has changed"):
+    with pytest.raises(CheckpointError, match="base_sha256 was .* and is "):
         # The settings name the same folder: its content has changed since.
         run_finetune(config.replace(model=str(other)), progress=False, resume=True)
 
@@ -447,7 +447,7 @@ def test_other_settings_or_rows_are_refused_by_name(config, stop_at, tmp_path):
     moved = config.replace(train_data=str(changed), output_dir=str(tmp_path / "second"))
     interrupted(moved, stop_at)
     changed.write_text("".join(reversed(rows)))
-    with pytest.raises(CheckpointError, match="the content of train_data, .* has changed"):
+    with pytest.raises(CheckpointError, match="rows_sha256 was .* and is "):
         run_finetune(moved, progress=False, resume=True)
 
 
@@ -458,7 +458,7 @@ def test_held_out_rows_may_not_change_between_kill_and_resume(config, stop_at, t
     config = config.replace(held_out_data=str(held_out))
     interrupted(config, stop_at)
     held_out.write_text("".join(reversed(rows)))
-    with pytest.raises(CheckpointError, match="the content of held_out_data, .* has changed"):
+    with pytest.raises(CheckpointError, match="held_out_sha256 was .* and is "):
         run_finetune(config, progress=False, resume=True)
 
 
@@ -468,7 +468,7 @@ def test_a_base_whose_configuration_has_changed_is_refused(config, stop_at, base
     interrupted(config, stop_at)
     said = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(said | {"rms_norm_eps": 1e-2}))
-    with pytest.raises(CheckpointError, match="config.json of the base .* has changed"):
+    with pytest.raises(CheckpointError, match="base_config_sha256 was .* and is "):
         run_finetune(config, progress=False, resume=True)
 
 
@@ -541,7 +541,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
     monkeypatch.setattr(FinetuneCallback, "on_step_end", poison)
     with pytest.raises(
-        TrainingError, match="lora_A.* holds NaN or infinity.*step 6 .*checkpoint-000004"
+        TrainingError, match="step 6 .*checkpoint-000004.*lora_A.* holds NaN or infinity"
     ):
         run_finetune(config, progress=False)
     saved = checkpoints_of(Path(config.output_dir))
@@ -657,7 +657,7 @@ def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path, monkeypatc
     assert calls[at + 1 :] == [tmp_path.name]
 
 
-@pytest.mark.parametrize("sums", [{}, {"../outside": "0"}, {"/etc/hosts": "0"}, [1], None])
+@pytest.mark.parametrize("sums", [{}, [1], None])
 def test_a_manifest_that_vouches_for_nothing_is_refused(tmp_path, sums):
     (tmp_path / "file").write_text("x")
     write_manifest(tmp_path, {"step": 1})
@@ -844,9 +844,20 @@ def test_without_a_manifest_an_adapter_must_still_fit(copied, base, tmp_path, ch
     with pytest.raises(LoRAError, match=says):
         attach_adapter(model, copied)
     assert [name for name, _ in model.named_parameters()] == names
-    if change == "deeper":  # said to be on purpose, it is attached to the two blocks that it is for
-        model = attach_adapter(model, copied, allow_partial=True)
-        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+def test_an_adapter_that_names_its_layers_is_refused_on_a_deeper_base(copied, base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(copied / "adapter_model.safetensors")
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
+    file = copied / "adapter_config.json"
+    named = json.loads(file.read_text()) | {"target_modules": sorted(layers)}
+    file.write_text(json.dumps(named))
+    other = make_other(base, tmp_path / "other", "deeper")
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    with pytest.raises(LoRAError, match="is missing from the adapter"):
+        attach_adapter(model, copied)
 
 
 @pytest.mark.parametrize(
