@@ -156,11 +156,12 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     layers = [match[0] for name in gradients if (match := re.match(r".*?\.\d+\.", name))]
     first = layers[0] if layers else ""
-    for name in [name for name in gradients if name.startswith(first)]:
-        gradient = gradients[name]
+    for name, gradient in gradients.items():
+        if not name.startswith(first):
+            continue
         # B starts at zero, so at the first step the gradient of A is zero.
-        arrives = gradient is not None and (gradient.any() or "lora_A" in name)
-        if not arrives or not gradient.isfinite().all():
+        may_be_zero = "lora_A" in name
+        if gradient is None or not (may_be_zero or gradient.any()) or not gradient.isfinite().all():
             raise TrainingError(
                 f"before step 1: the gradient of {name} is missing, zero or not finite. A layer "
                 "above it cuts the backward pass, or weights of the base are damaged: load the "
