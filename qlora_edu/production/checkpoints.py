@@ -224,6 +224,11 @@ def load_optimizer_state(
     groups = [
         {k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in rest["param_groups"]
     ]
+    if [len(g["params"]) for g in inner.param_groups] != [len(g["params"]) for g in groups]:
+        raise CheckpointError(
+            "the checkpoint is of an optimizer of other parameters; resume with the libraries that "
+            "the run began with"
+        )
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["numbers"].items()]:
         index, _, name = key.partition(".")
