@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from stored import ROOT, stamp, store
 
-from qlora_edu.finetuning import FinetuneConfig, FinetuneResult, finetune
+from qlora_edu.finetuning import FinetuneConfig, Run, finetune
 
 START = {"method": "lora", "learning_rate": 3e-3, "r": 16, "lora_alpha": 32.0}
 CHANGES = [
@@ -32,7 +32,7 @@ CHANGES = [
 ]
 
 
-def run(**settings) -> FinetuneResult:
+def run(**settings) -> Run:
     """One fine-tune, measured on the validation split."""
     with tempfile.TemporaryDirectory() as folder:
         config = FinetuneConfig.from_preset(

@@ -9,75 +9,70 @@ traps (`BitsAndBytesConfig` alone would give FP4, float32, and no double quantis
 import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import DataError, PlanError, TrainingError, reading
-from qlora_edu.memory import GIB, MemoryPlan, check_lengths, plan_memory
+from qlora_edu.errors import ConfigError, TrainingError
+from qlora_edu.memory import MemoryPlan, plan_memory
 from qlora_edu.planner.fake_step import StepSettings
-from qlora_edu.production.checkpoints import check_metadata, latest_checkpoint, run_metadata
-from qlora_edu.production.config import FinetuneConfig
-from qlora_edu.production.loading import (
-    check_one_dtype,
-    check_positions,
-    check_processes,
-    check_targets,
-    fsdp,
-    load_base,
-    locate,
+from qlora_edu.production.checkpoints import (
+    check_metadata,
+    latest_checkpoint,
+    run_metadata,
+    writing,
 )
+from qlora_edu.production.config import FinetuneConfig
+from qlora_edu.production.loading import check_positions, check_targets, load_base, locate
 from qlora_edu.production.run_folder import (
-    FinetuneResult,
     Run,
     Scores,
     checkpoints_of,
     choose_output_dir,
-    discard_unfinished,
-    unfinished,
+    remove_checkpoints,
+    remove_parts,
     write_run,
 )
 from qlora_edu.text.conversations import encode_conversations, read_conversations
 from qlora_edu.training import exact_match, generate_answers, held_out_loss, row_order
 
-SECONDS_PER_BLOCK = 0.014  # at least, for forward, repeated and backward pass on an H100
 
-
-def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> FinetuneResult:
+def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> Run:
     """Fine-tune, measure before and after, and write a run folder.
 
     The folder holds the adapter (or the whole model, for `method="full"`), the tokenizer,
-    `config.yaml`, `metrics.jsonl`, `versions.json` and a manifest of their sums. Until it is there,
-    checkpoints are kept in `<folder>.checkpoints`; with `resume=True` the run goes on from the
-    newest that is whole, to the same bits on a CPU.
+    `config.yaml`, `metrics.jsonl` and a manifest of their sums. Until it is there, checkpoints are
+    kept in `<folder>.checkpoints`; with `resume=True` the run goes on from the newest that is
+    whole, to the same bits on a CPU.
 
     Raises:
-        QloraError: in the kind that fits: `RunExistsError`, `ModelUnavailableError`, `DataError`,
-            `ConfigError`, `DoesNotFitError`, `TrainingError`, `CheckpointError`.
+        QloraError: in the kind that fits, such as `RunExistsError` or `DoesNotFitError`.
     """
-    # Of several processes the first talks and writes; the others compute as it does.
-    writes = int(os.environ.get("RANK", 0)) == 0
-    with nullcontext() if writes else redirect_stdout(StringIO()):
-        if resume and writes:
-            discard_unfinished(config)
-        folder = choose_output_dir(config, resume)
-        with unfinished(folder, writes) as part:
-            run = Run(config=config, folder=folder, part=part, writes=writes, progress=progress)
-            with run.saying_where():
-                prepare(run, resume)
-                run.before = run.before or measure(run)
-                train(run)
-                run.after = measure(run)
-                result = write(run)
-        print(result.table())
-        print(f"run folder {folder}; the training time leaves out loading and both measurements")
-        print(result.closing_line())
-    return result
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "several processes were started, and this course fine-tunes in one, on one GPU: start "
+            "`python -m qlora_edu finetune` by itself, without accelerate or torchrun"
+        )
+    folder = choose_output_dir(config, resume)
+    if resume:
+        remove_parts(folder)
+    with writing(folder) as part:
+        run = Run(config=config, folder=folder, part=part, progress=progress)
+        with run.saying_where():
+            prepare(run, resume)
+            run.before = run.before or measure(run)
+            train(run)
+            run.after = measure(run)
+            with quiet():
+                write_run(run)
+    remove_checkpoints(folder)
+    run.trainer = None  # and with it the optimizer's states
+    print(f"run folder {folder}; the training time leaves out loading and both measurements")
+    print(run.closing_line())
+    return run
 
 
 def prepare(run: Run, resume: bool) -> None:
@@ -90,20 +85,14 @@ def prepare(run: Run, resume: bool) -> None:
     check_targets(model, config)
     held_out = read_conversations(locate(config.held_out_data), "test")
     run.held_out = held_out[: config.held_out_rows]
+    run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
     train_data = read_conversations(locate(config.train_data), "train")
-    rows = f"the rows by the chat template of {config.model}"
-    with reading(rows, DataError, "mend the template"):
-        run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
-        run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
+    run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
     check_positions(model, run.encoded + run.rows)
     run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
     limit, asked = config.max_new_tokens, run.encoded[: config.answer_rows]
-    long = sum(sum(label != -100 for label in row["labels"]) > limit for row in asked)
-    if long:
-        print(
-            f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens, so "
-            "generation stops before their end"
-        )
+    if long := sum(sum(label != -100 for label in row["labels"]) > limit for row in asked):
+        print(f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens")
     if found:
         run.checkpoint, metadata = found
         check_metadata(run.checkpoint, metadata, run.metadata)
@@ -112,27 +101,18 @@ def prepare(run: Run, resume: bool) -> None:
         print(f"no checkpoint in {saved} yet: the run starts from its beginning")
     run.trainer = make_trainer(config, model, run.tokenizer, run.rows, run.part)
     run.trainer.add_callback(FinetuneCallback(run))
-    if torch.cuda.is_available():  # refuse rows that would run out of memory at some later step
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-        lengths = [len(row["input_ids"]) for row in run.rows]
-        try:
-            check_lengths(plan_run(config, run.trainer.model.config), lengths, free / GIB)
-        except PlanError as error:
-            print(f"memory is not planned ({error}); the longest batch is tried before step 1")
+    run.model = run.trainer.model
     print(f"{config.method}: {config.model}, {run.trainable_parameters:,} parameters to train")
-    if run.trainer.args.world_size > 1:
-        print(f"{run.trainer.args.world_size} processes share the rows of each step")
 
 
 def measure(run: Run) -> Scores:
     """The held-out loss, and answers to the first `answer_rows` of the held-out rows."""
-    config, model = run.config, run.trainer.model
-    asked = run.held_out[: config.answer_rows]
+    asked, size = run.held_out[: run.config.answer_rows], run.config.eval_batch_size
     prompts = [conversation[:-1] for conversation in asked]
     wanted = [conversation[-1]["content"] for conversation in asked]
-    limit, size = config.max_new_tokens, config.eval_batch_size
-    answers = generate_answers(model, run.tokenizer, prompts, limit, size)
-    loss = held_out_loss(model, run.encoded, size)
+    limit = run.config.max_new_tokens
+    answers = generate_answers(run.model, run.tokenizer, prompts, limit, size)
+    loss = held_out_loss(run.model, run.encoded, size)
     if not math.isfinite(loss):
         raise TrainingError(f"the held-out loss is {loss}; the weights are damaged or diverged")
     return Scores(loss, exact_match(answers, wanted) if asked else None, answers)
@@ -142,27 +122,7 @@ def train(run: Run) -> None:
     """Let the trainer take its steps, from the checkpoint on if there is one."""
     with quiet():
         run.trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-
-
-def write(run: Run) -> FinetuneResult:
-    """Write the run folder, if this process is the one that writes."""
-    assert run.before and run.after
-    result = FinetuneResult(
-        config=run.config,
-        folder=run.folder,
-        before=run.before,
-        after=run.after,
-        training_seconds=run.seconds,
-        losses=run.losses,
-        trainable_parameters=run.trainable_parameters,
-        held_out=run.held_out,
-        model=run.trainer.model.eval(),
-        tokenizer=run.tokenizer,
-    )
-    if run.writes:
-        with quiet():
-            write_run(run.part, result, run.metadata)
-    return result
+    run.model.eval()
 
 
 def adapter_config(config: FinetuneConfig) -> Any:
@@ -188,16 +148,15 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
     """The `SFTConfig`. Where there is no CUDA device a paged optimizer is replaced, and said."""
     from trl import SFTConfig
 
-    processes = check_processes(config)
     cuda, optim = torch.cuda.is_available(), config.optim
     if optim.startswith("paged") and not cuda:
         print("optimizer: plain AdamW, not paged; there is no CUDA device to page its states from")
         optim = "adamw_torch"
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(folder),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps // processes,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
@@ -214,10 +173,7 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         train_sampling_strategy="sequential",  # of rows that are shuffled beforehand
         dataloader_pin_memory=cuda,
         use_cpu=not cuda,
-        ddp_backend=None if cuda or processes == 1 else "gloo",
-        ddp_find_unused_parameters=False,
         seed=config.seed,
-        data_seed=config.seed,
         # The rows come encoded and labelled: TRL has nothing to add or to cut.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
@@ -229,8 +185,9 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        trust_remote_code=False,
     )
+    settings._n_gpu = min(settings.n_gpu, 1)  # or a step would see the rows of every card
+    return settings
 
 
 def make_trainer(
@@ -262,8 +219,6 @@ def make_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, config.adapter_dtype))
-    if fsdp():
-        check_one_dtype(trainer.model)
     return trainer
 
 
@@ -291,30 +246,3 @@ def plan_run(config: FinetuneConfig, model: Any = None) -> MemoryPlan:
         optim=config.optim.replace("adamw_torch", "adamw"),
         **settings,
     )
-
-
-def expected_minutes(
-    config: FinetuneConfig, weights: int, blocks: int, tflops: float, share: float = 0.3
-) -> float:
-    """Minutes of a run, roughly: by arithmetic, or by the time that starting the work takes.
-
-    A token costs 2 operations per weight in each pass: forward, once more if checkpointing
-    recomputes, back to the inputs, and with `method="full"` back to the weights. But a pass with
-    few tokens takes no less than it takes to start its kernels.
-
-    Args:
-        config: the settings of the run; every row is taken to be `max_length` long.
-        weights: of the linear layers, the output head among them.
-        blocks: of the model; each takes at least `SECONDS_PER_BLOCK`.
-        tflops: the card's rating in `compute_dtype`, in 10¹² operations per second.
-        share: what a run reaches of it: on an H100 30 %, or 15 % with QLoRA, at 2,048 tokens per
-            step of a 7B (`data/results/gpu_steps.json`).
-
-    >>> config = FinetuneConfig.from_preset("guanaco-7b")
-    >>> round(expected_minutes(config, 6_607_077_376, 32, tflops=312))  # linear layers and head
-    224
-    """
-    passes = 2 + config.gradient_checkpointing + (config.method == "full")
-    operations = 2 * weights * passes * config.batch_size * config.max_length
-    seconds = max(operations / (share * tflops * 1e12), blocks * SECONDS_PER_BLOCK)
-    return config.max_steps * config.gradient_accumulation_steps * seconds / 60

@@ -28,7 +28,7 @@ matplotlib.use("agg")
 SLOW = {
     *("test_claims.py", "test_gpu.py", "test_pages.py", "test_three_ways.py"),
     *("test_explorers.py", "test_playground.py", "test_fake_step.py", "test_memory.py"),
-    *("test_checkpoints.py", "test_distributed.py", "test_serving.py", "test_threads.py"),
+    *("test_checkpoints.py", "test_serving.py", "test_threads.py"),
     *("test_finetuning.py", "test_cli.py", "test_chat.py", "test_random_weights.py"),
     *("test_data.py", "test_host_tier.py", "test_training.py", "test_evaluation.py"),
 }

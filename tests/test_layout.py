@@ -161,7 +161,7 @@ def test_tests_mirror_the_package(path):
     if path.parts[0] == "benchmarks" or str(path) in OTHERS:
         return
     beside = PACKAGE / path.parent / path.name.removeprefix("test_")
-    also = {"course/test_browser.py", "course/test_playground.py", "production/test_distributed.py"}
+    also = {"course/test_browser.py", "course/test_playground.py"}
     assert beside.exists() or beside.with_suffix("").is_dir() or str(path) in also, (
         f"tests/{path} tests no module {beside.relative_to(ROOT)}"
     )

@@ -1,8 +1,7 @@
 """Support for chapter 9: what happens between the steps of a run.
 
-A checkpoint is written at the *beginning* of a step: then the rows, the learning rate and the
-random state of the coming step are settled, and nothing of it has happened. A resumed run begins at
-that very point.
+A checkpoint is written at the *beginning* of a step: then its rows, learning rate and random state
+are settled, and nothing of it has happened. A resumed run begins at that very point.
 """
 
 import json
@@ -30,8 +29,6 @@ from qlora_edu.production.checkpoints import (
 from qlora_edu.production.run_folder import Run, Scores, check_finite, checkpoints_of, save_weights
 from qlora_edu.training import Batch, collate, completion_loss, generate_answers
 
-PROGRESS = "progress.json"
-
 
 class FinetuneCallback(TrainerCallback):
     """Progress, samples, checkpoints, and an end to a run that goes wrong."""
@@ -39,22 +36,28 @@ class FinetuneCallback(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run, self.resume_from, self.kept = run, run.checkpoint, {}
         if run.checkpoint is not None:
-            self.kept = json.loads((run.checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            self.kept = json.loads((run.checkpoint / "progress.json").read_text(encoding="utf-8"))
             run.losses = [(step, loss) for step, loss in self.kept["losses"]]
-            run.seconds, run.before = self.kept["seconds"], Scores(**self.kept["before"])
+            run.training_seconds = self.kept["seconds"]
+            run.before = Scores(**self.kept["before"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Look at the gradients, put the optimizer's state back, start the clock."""
+        """Try the longest batch, put the optimizer's state back, start the clock."""
+        config, model = self.run.config, others["model"]
         longest = sorted(self.run.rows, key=lambda row: -len(row["input_ids"]))
-        check_gradients(others["model"], collate(longest[: self.run.config.batch_size]))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Beside the batch there must be room for the optimizer's two states, if they are not paged.
+        states = [] if args.optim.startswith("paged") else list(map(torch.empty_like, 2 * trained))
+        check_gradients(model, collate(longest[: config.batch_size]))
+        del states
         if self.resume_from is not None:
             tensors = load_file(self.resume_from / "optimizer.safetensors")
             load_optimizer_state(others["optimizer"], tensors, self.kept["optimizer"])
             others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
         self.bar = tqdm(
-            total=self.run.config.max_steps,
+            total=config.max_steps,
             initial=state.global_step,
-            desc=self.run.config.method,
+            desc=config.method,
             unit="step",
             file=sys.stdout,
             ncols=80,
@@ -65,57 +68,49 @@ class FinetuneCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Put the random state back, after resuming; or write a checkpoint, when one is due."""
         if self.resume_from is not None:
-            if args.world_size > 1:  # each process has its own, and only the first one's is kept
-                print(f"resumed over {args.world_size} processes: dropout is drawn anew from here")
-            else:
-                path = self.resume_from / "random_state.safetensors"
-                with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
-                    set_random_state(load_file(path))
+            path = self.resume_from / "random_state.safetensors"
+            with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
+                set_random_state(load_file(path))
             self.resume_from = None
-        elif self._is_due(state.global_step, self.run.config.save_steps) and self.run.writes:
+        elif is_due(state.global_step, self.run.config.save_steps):
             self._save(state, **others)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Move the bar; let the model answer, when a sample is due."""
+        run = self.run
         self.bar.update()
-        if self._is_due(state.global_step, self.run.config.sample_steps):
-            prompts = [messages[:-1] for messages in self.run.held_out[:2]]
-            length = self.run.config.max_new_tokens
-            answers = generate_answers(others["model"], self.run.tokenizer, prompts, length)
+        if is_due(state.global_step, run.config.sample_steps):
+            prompts = [messages[:-1] for messages in run.held_out[:2]]
+            answers = generate_answers(run.model, run.tokenizer, prompts, run.config.max_new_tokens)
             for prompt, answer in zip(prompts, answers, strict=True):
                 question = (prompt[-1]["content"].splitlines() or [""])[-1]
                 self.bar.write(f"step {state.global_step}: {question[:60]!r} -> {answer[:70]!r}")
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Keep the loss; stop if it is not finite."""
-        logs = others["logs"]
-        if "loss" not in logs:
+        loss = others["logs"].get("loss")
+        if loss is None:
             return
-        self.run.losses.append((state.global_step, logs["loss"]))
-        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-        if not math.isfinite(logs["loss"]):
+        self.run.losses.append((state.global_step, loss))
+        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower learning_rate "
-                f"({self.run.config.learning_rate}) or look for damaged weights"
+                f"the loss is {loss}; lower learning_rate, or look for damaged weights"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clock."""
-        self.run.seconds += time.monotonic() - self.started
+        self.run.training_seconds += time.monotonic() - self.started
         self.bar.close()
-
-    @staticmethod
-    def _is_due(step: int, every: int) -> bool:
-        return step > 0 and every > 0 and step % every == 0
 
     def _save(self, state: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
         run = self.run
         tensors, rest = optimizer_state(optimizer)
         check_finite(tensors.items())
         progress = {
-            "before": asdict(run.before) if run.before else None,
+            "before": asdict(run.before),
             "losses": run.losses,
-            "seconds": run.seconds + time.monotonic() - self.started,
+            "seconds": run.training_seconds + time.monotonic() - self.started,
             "optimizer": rest,
             "scheduler": lr_scheduler.state_dict(),
         }
@@ -126,10 +121,15 @@ class FinetuneCallback(TrainerCallback):
             save_file(random_state(), part / "random_state.safetensors")
             state.save_to_json(str(part / "trainer_state.json"))
             text = json.dumps(progress, ensure_ascii=False, allow_nan=False)
-            (part / PROGRESS).write_text(text + "\n", encoding="utf-8")
+            (part / "progress.json").write_text(text + "\n", encoding="utf-8")
 
         folder, keep = checkpoints_of(run.folder), run.config.save_total_limit
         save_checkpoint(folder, state.global_step, write, run.metadata, keep)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Is it time for what happens every so many steps, or never for 0?"""
+    return step > 0 and every > 0 and step % every == 0
 
 
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
@@ -145,33 +145,26 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     try:
         with torch.random.fork_rng():
             loss = completion_loss(model, batch)
-            if not loss.requires_grad:
-                raise TrainingError(
-                    "before step 1: the loss depends on no trainable parameter; load the model "
-                    "anew, and leave its adapters on"
-                )
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
     except torch.OutOfMemoryError as error:
         rows, length = batch["input_ids"].shape
         raise DoesNotFitError(
             f"before step 1: {rows} rows of {length} tokens, the longest batch that may come, do "
-            "not fit in memory. Lower batch_size (and raise gradient_accumulation_steps by as "
-            "much), or max_length, or set gradient_checkpointing=true"
+            "not fit in memory. Lower batch_size or max_length, or set gradient_checkpointing=true"
         ) from error
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     layers = [match[0] for name in gradients if (match := re.match(r".*?\.\d+\.", name))]
+    first = layers[0] if layers else ""
     for name, gradient in gradients.items():
-        if layers and not name.startswith(layers[0]):
+        if not name.startswith(first):
             continue
-        if gradient is None or not gradient.isfinite().all():
-            raise TrainingError(
-                f"before step 1: the gradient of {name} is missing or not finite; look for damaged "
-                "weights in the base"
-            )
         # B starts at zero, so at the first step the gradient of A is zero.
-        if not gradient.any() and "lora_A" not in name:
+        may_be_zero = "lora_A" in name
+        if gradient is None or not (may_be_zero or gradient.any()) or not gradient.isfinite().all():
             raise TrainingError(
-                f"before step 1: no gradient reaches {name}. A layer above it cuts the backward "
-                "pass; load the model again, call forbid_cpu_repacking, and only then evaluate it"
+                f"before step 1: the gradient of {name} is missing, zero or not finite. A layer "
+                "above it cuts the backward pass, or weights of the base are damaged: load the "
+                "model again, and call forbid_cpu_repacking before it is evaluated"
             )
     model.zero_grad(set_to_none=True)

@@ -1,15 +1,17 @@
 """Support for chapter 9: checkpoints that are whole or absent, and that know their base model.
 
 A checkpoint is written aside, flushed and named in one move. Its *manifest* lists the SHA-256 sum
-of every file and the fingerprint of the base; what does not agree with it is named, never loaded.
-Trained weights, optimizer states, step and random states make a resumed run equal, to the bit, to
-one that was never interrupted. Tensors are in safetensors, all else is JSON; nothing is pickled.
+of every file and the fingerprint of the base; what does not agree with it is never loaded. Weights,
+optimizer states, step and random states make a resumed run equal, to the bit, to one that was never
+interrupted. Tensors are in safetensors, all else is JSON; nothing is pickled.
 """
 
 import hashlib
 import json
+import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_edu.errors import CheckpointError, DamagedFileError, reading
+from qlora_edu.errors import CheckpointError, DamagedFileError, QloraError, reading
 from qlora_edu.files import atomic
 from qlora_edu.production.config import FinetuneConfig
 
@@ -53,9 +55,7 @@ def fingerprint(source: str | Path) -> str:
         with reading(path, CheckpointError, "download it again"), safe_open(path, "pt") as file:
             place |= dict.fromkeys(file.keys(), path)
     if not place:
-        raise CheckpointError(
-            f"{source} holds no safetensors; save the model with save_pretrained, which writes them"
-        )
+        raise CheckpointError(f"{source} holds no safetensors; save_pretrained writes them")
     digest = hashlib.sha256()
     for name in sorted(place):
         with safe_open(place[name], "pt") as file:
@@ -69,9 +69,12 @@ def run_metadata(
     config: FinetuneConfig,
     source: str,
     rows: Iterable[dict[str, list[int]]],
-    held_out: Iterable[dict[str, list[int]]] = (),
+    held_out: Iterable[dict[str, list[int]]],
 ) -> dict[str, Any]:
     """What a checkpoint or an adapter belongs to: settings, base, rows and versions."""
+    versions = {name: version(name) for name in STACK}
+    versions["python"] = platform.python_version()
+    versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "base_model": config.model,
         "base_sha256": fingerprint(source),
@@ -79,42 +82,33 @@ def run_metadata(
         "base_config_sha256": _sum(base_folder(source) / "config.json"),
         "rows_sha256": _sum_of_rows(rows),
         "held_out_sha256": _sum_of_rows(held_out),
-        "config": {k: v for k, v in asdict(config).items() if k not in ("name", "output_dir")},
-        "versions": {name: version(name) for name in STACK},
+        "config": asdict(config),
+        "versions": versions,
     }
 
 
 def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume from what belongs to another run; say it if only versions differ."""
-    was, wanted = saved["config"], now["config"]
-    names = sorted((was.keys() | wanted.keys()) - set(CHANGEABLE))
+    was, wanted = _identity(saved), _identity(now)
     changes = [
-        f"{name} was {was.get(name)!r} and is {wanted.get(name)!r}"
-        for name in names
+        f"{name} was {was.get(name)!r:.20} and is {wanted.get(name)!r:.20}"
+        for name in sorted(was.keys() | wanted.keys())
         if was.get(name) != wanted.get(name)
     ]
     if changes:
         raise CheckpointError(
-            f"{checkpoint} is of a run with other settings: {', '.join(changes)}. Resume with the "
-            "same settings, or start a new run"
+            f"{checkpoint} is of another run: {', '.join(changes)}. Bring back the settings and "
+            "the content of base and rows as they were, or start a new run"
         )
-    for key, what in (
-        ("base_sha256", f"weights than the base {wanted['model']!r} has now"),
-        ("base_config_sha256", f"config.json of the base {wanted['model']!r}"),
-        ("rows_sha256", f"training rows than {wanted['train_data']!r} holds now"),
-        ("held_out_sha256", f"held-out rows than {wanted['held_out_data']!r} holds now"),
-    ):
-        if saved.get(key) != now[key]:
-            raise CheckpointError(
-                f"{checkpoint} was made with other {what}; bring the file back as it was, or start "
-                "a new run"
-            )
     for name, then in saved["versions"].items():
-        if then != now["versions"].get(name):
-            print(
-                f"warning: {name} was {then} and is {now['versions'].get(name)}: the run goes on, "
-                "but perhaps not to the same bits"
-            )
+        if then != (is_now := now["versions"].get(name)):
+            print(f"warning: {name} was {then} and is {is_now}; other bits may come of it")
+
+
+def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be as it was, for a run to go on: settings, and sums of what they name."""
+    sums = {key: value for key, value in metadata.items() if key.endswith("_sha256")}
+    return sums | {k: v for k, v in metadata["config"].items() if k not in CHANGEABLE}
 
 
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -136,19 +130,35 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
     with reading(folder / MANIFEST, DamagedFileError, advice):
         metadata = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sums = dict(metadata.pop("sha256"))
-        outside = [n for n in sums if Path(n).is_absolute() or ".." in Path(n).parts]
-        if not sums or outside:
-            raise ValueError("it lists no files, or files outside its folder")
+        if not sums:
+            raise ValueError("it lists no files")
     for name, expected in sums.items():
         path = folder / name
-        if not path.is_file():
-            raise DamagedFileError(f"{path} is missing; bring it back, or use an earlier copy")
-        if _sum(path) != expected:
-            raise DamagedFileError(
-                f"{path} is not the file that was written: its SHA-256 sum differs from the "
-                "manifest's. Copy it again from where it came, or use an earlier checkpoint"
-            )
+        with reading(path, DamagedFileError, advice):
+            if _sum(path) != expected:
+                raise ValueError("its SHA-256 sum is not that of the manifest")
     return metadata
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `target` in one move, when all in it is written and flushed.
+
+    Raises:
+        CheckpointError: if the disk is full or refuses; what was there before is as it was.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with atomic.folder(target) as part:
+            yield part
+    except QloraError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {target} ({error}). Free some space, or look at the folder and its "
+            "rights, then resume: what was saved before is untouched"
+        ) from error
 
 
 def save_checkpoint(
@@ -157,34 +167,16 @@ def save_checkpoint(
     write: Callable[[Path], None],
     metadata: Mapping[str, Any],
     keep: int = 2,
-) -> Path:
-    """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them.
-
-    Raises:
-        CheckpointError: if the disk is full or refuses; earlier checkpoints are as they were.
-    """
-    from safetensors import SafetensorError
-
+) -> None:
+    """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them."""
     target = folder / f"checkpoint-{step:06d}"
-    try:
-        if target.exists():  # of a run that was resumed from before it, because it is damaged
+    with writing(target) as part:
+        write(part)
+        write_manifest(part, {"step": step, **metadata})
+        if target.exists():  # damaged, as the run was resumed from before it
             shutil.rmtree(target)
-        with atomic.folder(target) as part:
-            write(part)
-            write_manifest(part, {"step": step, **metadata})
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(target, error) from error
     for old in checkpoints(folder)[:-keep]:  # now that the new one is whole and on the disk
         shutil.rmtree(old)
-    return target
-
-
-def cannot_write(target: Path, error: Exception) -> CheckpointError:
-    """The error to raise when the disk refuses `target`: what it said, and what to do."""
-    return CheckpointError(
-        f"cannot write {target} ({error}). Free some space, or look at the folder and its rights, "
-        "then resume: what was saved before is untouched"
-    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -194,7 +186,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its metadata; damaged ones are named in passing.
+    """The newest checkpoint that is whole, with its metadata; the damaged ones are named.
 
     Raises:
         DamagedFileError: if there are checkpoints, and none of them is whole.
@@ -207,8 +199,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             print(f"warning: {path.name} is passed over: {error}")
     if found:
         raise DamagedFileError(
-            f"none of the {len(found)} checkpoints in {folder} is whole. To begin again, delete "
-            f"{folder}"
+            f"none of the {len(found)} checkpoints in {folder} is whole; to begin again, delete it"
         )
     return None
 
@@ -228,67 +219,59 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_optimizer_state(
     optimizer: Any, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` gave, into an optimizer of as many parameters."""
+    """Put back what `optimizer_state` gave, into an optimizer of the same parameters."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    groups = rest["param_groups"]
-    sizes = [[len(group["params"]) for group in of] for of in (inner.param_groups, groups)]
-    if sizes[0] != sizes[1]:
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in rest["param_groups"]
+    ]
+    if [len(g["params"]) for g in inner.param_groups] != [len(g["params"]) for g in groups]:
         raise CheckpointError(
-            f"the optimizer holds groups of {sizes[0]} parameters, the checkpoint of {sizes[1]}; "
-            "resume with the settings that the run began with"
+            "the checkpoint is of an optimizer of other parameters; resume with the libraries that "
+            "the run began with"
         )
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["numbers"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    if hasattr(inner, "init_state"):
-        _load_into_bitsandbytes(inner, state, groups)
+    if not hasattr(inner, "init_state"):
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         return
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _load_into_bitsandbytes(
-    optimizer: Any, state: Mapping[int, Mapping[str, Any]], groups: list[dict[str, Any]]
-) -> None:
-    # Its own load_state_dict would make plain tensors of paged states (bitsandbytes 782, 1381). So
-    # the states are created as at a first step, paged ones in managed memory, and then filled.
-    optimizer.check_overrides()
-    optimizer.to_gpu()
-    optimizer.initialized = True
-    index = 0
-    for g, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        group.update({k: v for k, v in saved.items() if k != "params"})
-        for p, parameter in enumerate(group["params"]):
+    # The load_state_dict of bitsandbytes makes plain tensors of paged states (its issues 782 and
+    # 1381). So the states are made as at a first step, paged ones in managed memory, and filled.
+    inner.check_overrides()
+    inner.to_gpu()
+    inner.initialized = True
+    for g, (group, saved) in enumerate(zip(inner.param_groups, groups, strict=True)):
+        indices = saved.pop("params")
+        group.update(saved)
+        for p, (index, parameter) in enumerate(zip(indices, group["params"], strict=True)):
             if index in state:
-                optimizer.init_state(group, parameter, g, p)
-                own = optimizer.state[parameter]
+                inner.init_state(group, parameter, g, p)
+                own = inner.state[parameter]
                 for name, value in state[index].items():
                     if isinstance(value, Tensor) and isinstance(own.get(name), Tensor):
                         own[name].copy_(value)
                     else:
                         own[name] = value
-            index += 1
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of the generators that training draws from: torch's, of processor and cards."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), **{f"cuda_{i}": d for i, d in enumerate(devices)}}
+    """The states of the generators that training draws from: the processor's and the card's."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"torch": torch.get_rng_state(), **cuda}
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put all generators back to where `random_state` found them.
+    """Put the generators back to where `random_state` found them.
 
     >>> before, first = random_state(), torch.rand(1)
     >>> set_random_state(before)
     >>> torch.equal(torch.rand(1), first)
     True
     """
-    torch.set_rng_state(state["torch"].byte())
-    devices = [state[f"cuda_{i}"].byte() for i in range(len(state) - 1)]
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(devices)
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sum_of_rows(rows: Iterable[dict[str, list[int]]]) -> str:

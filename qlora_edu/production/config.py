@@ -1,7 +1,7 @@
 """Support for chapter 9: the settings of a fine-tune, checked, with the paper's presets.
 
-Each field says what it means, and `python -m qlora_edu finetune --help` prints them all. A wrong
-name, type or value is refused when the configuration is made, not an hour into the training.
+A wrong name, type or value is refused when the configuration is made, not an hour into a run.
+`python -m qlora_edu finetune --help` prints all settings and what they mean.
 
 Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), appendix B.
 """
@@ -13,31 +13,23 @@ import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from qlora_edu.errors import ConfigError, reading
 
 LARGEST = 2**31 - 1  # a larger number NumPy or the trainer would not take, or overflow later
-AT_LEAST_ONE = (
-    "r max_steps batch_size gradient_accumulation_steps max_length held_out_rows max_new_tokens "
-    "eval_batch_size logging_steps save_total_limit"
-)
-NOT_NEGATIVE = "warmup_steps weight_decay seed save_steps sample_steps"
-POSITIVE = "lora_alpha learning_rate max_grad_norm"
-TEXTS = "model train_data held_out_data output_dir"
+MAY_BE_ZERO = ("warmup_steps", "seed", "answer_rows", "save_steps", "sample_steps")
+Dtype = Literal["float32", "bfloat16"]
 
 
 def _setting(meaning: str, default: Any = MISSING) -> Any:
-    """A field with its meaning, which the command line prints as its help."""
+    """A field with its meaning, which the command line prints."""
     return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Everything that decides what a fine-tune does. Checked when made; never changed afterwards.
-
-    A step sees `batch_size * gradient_accumulation_steps` rows, on however many processes.
 
     Raises:
         ConfigError: naming the setting, its value, and what it should have been.
@@ -57,20 +49,13 @@ class FinetuneConfig:
     # The 4-bit base (section 3 of the paper).
     quant_type: Literal["nf4", "fp4"] = _setting("the sixteen levels of the 4-bit weights", "nf4")
     double_quant: bool = _setting("quantise the constants of the blocks, too", True)
-    compute_dtype: Literal["float32", "bfloat16"] = _setting(
-        "dtype of the computation, and of weights that are not quantised", "bfloat16"
-    )
-    quant_storage: Literal["uint8", "bfloat16", "float32"] = _setting(
-        "dtype that packed weights are stored as; FSDP wants that of all other tensors", "uint8"
-    )
+    compute_dtype: Dtype = _setting("dtype of computation and of weights not in 4 bits", "bfloat16")
     # The adapter.
-    target_modules: str = _setting(
-        "layers with adapters: all-linear (all but the output head), or q_proj,v_proj", "all-linear"
-    )
+    target_modules: str = _setting("with adapters: all-linear, or q_proj,v_proj", "all-linear")
     r: int = _setting("rank of the adapters", 64)
     lora_alpha: float = _setting("the adapters' product is multiplied by lora_alpha / r", 16.0)
     lora_dropout: float = _setting("share of an adapter's inputs that is switched off", 0.1)
-    adapter_dtype: Literal["float32", "bfloat16"] = _setting("dtype of the adapters", "bfloat16")
+    adapter_dtype: Dtype = _setting("dtype of the adapters", "bfloat16")
     # The training (appendix B of the paper).
     max_steps: int = _setting("optimizer steps", 1875)
     batch_size: int = _setting("rows that go through the model together", 1)
@@ -86,16 +71,12 @@ class FinetuneConfig:
     adam_beta2: float = _setting("decay of AdamW's mean of squared gradients", 0.999)
     weight_decay: float = _setting("AdamW's weight decay", 0.0)
     max_grad_norm: float = _setting("longer gradients are shortened to this norm", 0.3)
-    gradient_checkpointing: bool = _setting(
-        "recompute activations on the way back, instead of keeping them", True
-    )
+    gradient_checkpointing: bool = _setting("compute activations anew on the way back", True)
     group_by_length: bool = _setting("put rows of similar length into one step", True)
     seed: int = _setting("of the adapters, the order of the rows and dropout", 0)
     # The data and the measurements.
     max_length: int = _setting("tokens of a row; what is longer is cut", 512)
-    chat_template: Literal["guanaco", None] = _setting(
-        "guanaco: that of the paper; None: the template that the tokenizer brings", None
-    )
+    chat_template: Literal["guanaco", None] = _setting("None: the one of the tokenizer", None)
     held_out_rows: int = _setting("held-out rows whose loss is measured", 300)
     answer_rows: int = _setting("the first of them that are also answered, for exact match", 300)
     max_new_tokens: int = _setting("tokens of an answer", 96)
@@ -105,32 +86,26 @@ class FinetuneConfig:
     save_steps: int = _setting("steps between two checkpoints; 0 for none", 100)
     save_total_limit: int = _setting("checkpoints that are kept", 2)
     sample_steps: int = _setting("steps between two sample answers; 0 for none", 0)
-    output_dir: str | None = _setting(
-        "folder to be made; None takes the first free one of runs/NAME, runs/NAME-2, ...", None
-    )
+    output_dir: str | None = _setting("a new folder; None: runs/NAME, or runs/NAME-2, ...", None)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for setting in fields(self):
-            value = _typed(setting.name, getattr(self, setting.name), hints[setting.name])
+            value = _checked(setting.name, getattr(self, setting.name), hints[setting.name])
             object.__setattr__(self, setting.name, value)
-        limits = {
-            **dict.fromkeys(AT_LEAST_ONE.split(), (lambda v: v >= 1, "at least 1")),
-            **dict.fromkeys(NOT_NEGATIVE.split(), (lambda v: 0 <= v < math.inf, "at least 0")),
-            **dict.fromkeys(POSITIVE.split(), (lambda v: 0 < v < math.inf, "above 0 and finite")),
-            **dict.fromkeys(TEXTS.split(), (_is_text, "a name or a path, in printable characters")),
-            "name": (_is_name, "a folder's name: letters, digits, and .+=_- after the first"),
-            "lora_dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
-            "adam_beta2": (lambda v: 0 < v < 1, "between 0 and 1"),
-            "target_modules": (lambda v: all(self.targets), "'all-linear' or names with commas"),
-            "answer_rows": (lambda v: 0 <= v <= self.held_out_rows, "in 0 … held_out_rows"),
-        }
-        for name, (allowed, wanted) in limits.items():
-            value = getattr(self, name)
-            if type(value) is int and value > LARGEST:
-                raise ConfigError(f"{name} must be at most {LARGEST:,}, not {value!r}")
-            if not allowed(value):
-                raise ConfigError(f"{name} must be {wanted}, not {value!r}")
+        for name, is_right, wanted in (
+            ("name", re.fullmatch(r"\w[\w.+=-]{0,99}", self.name), "a folder's name, without a /"),
+            ("target_modules", all(self.targets), "'all-linear' or names with commas"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0 and finite"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
+            ("adam_beta2", 0 < self.adam_beta2 < 1, "between 0 and 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            ("max_grad_norm", 0 < self.max_grad_norm < math.inf, "above 0 and finite"),
+            ("answer_rows", self.answer_rows <= self.held_out_rows, "in 0 … held_out_rows"),
+        ):
+            if not is_right:
+                raise ConfigError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
     @property
     def targets(self) -> str | tuple[str, ...]:
@@ -148,27 +123,26 @@ class FinetuneConfig:
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
         """The settings of a preset (see `PRESETS`), with `overrides` on top."""
-        if not isinstance(preset, str) or preset not in PRESETS:
+        if preset not in list(PRESETS):
             raise ConfigError(f"no preset {preset!r}; {did_you_mean(preset, PRESETS)}")
         return cls(**_known({"name": preset, **PRESETS[preset], **overrides}))
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a YAML mapping of settings; an entry `preset:` names where to start from."""
+        """Read settings from YAML; an entry `preset:` names where to start from."""
         import yaml
 
         with reading(path, ConfigError, "write the settings as YAML, a `name: value` per line"):
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ConfigError(f"{path} must hold settings as `name: value`, not {settings!r}")
-        settings |= overrides
+        settings = _known(settings | overrides, "preset")
         if "preset" in settings:
-            return cls.from_preset(settings.pop("preset"), **_known(settings))
-        required = [setting.name for setting in fields(cls) if setting.default is MISSING]
-        missing = [name for name in required if name not in settings]
-        if missing:
+            return cls.from_preset(settings.pop("preset"), **settings)
+        required = {setting.name for setting in fields(cls) if setting.default is MISSING}
+        if missing := sorted(required - settings.keys()):
             raise ConfigError(f"{path} lacks {', '.join(missing)}; or start from a `preset:`")
-        return cls(**_known(settings))
+        return cls(**settings)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""
@@ -176,62 +150,50 @@ class FinetuneConfig:
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest that there is, or all of them.
-
-    >>> did_you_mean("lerning_rate", ["learning_rate", "r"]), did_you_mean("x", ["a", "b"])
-    ("did you mean 'learning_rate'?", 'there are a, b')
-    """
+    """The end of a message about an unknown name: the nearest that there is, or all of them."""
     names = list(names)
     near = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    names = [setting.name for setting in fields(FinetuneConfig)]
+def _known(settings: dict[str, Any], *others: str) -> dict[str, Any]:
+    names = [*(setting.name for setting in fields(FinetuneConfig)), *others]
     for name in settings:
         if name not in names:
             raise ConfigError(f"no setting {name!r}; {did_you_mean(name, names)}")
     return settings
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    if get_origin(hint) is Literal:
-        if type(value) in (str, NoneType) and value in get_args(hint):
-            return value
-        raise ConfigError(f"{name} must be one of {get_args(hint)}, not {value!r}")
-    allowed = get_args(hint) or (hint,)
-    # YAML reads 2e-4 as a string; only 2.0e-4 is a number to it.
-    if float in allowed and type(value) in (int, str):
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value of a setting, if it is of its type and in the range that all of this type have."""
+    choices = get_args(hint) or (hint,)
+    if hint is float and type(value) in (int, str):
+        # YAML reads 2e-4 as a string; only 2.0e-4 is a number to it.
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-    elif type(value) in allowed:
-        return value
-    wanted = " or ".join(kind.__name__ for kind in allowed)
-    raise ConfigError(f"{name} must be of type {wanted}, not {value!r}")
+    if get_origin(hint) is Literal:
+        is_right, wanted = value in choices, f"one of {choices}"
+    else:
+        kinds = " or ".join(kind.__name__ for kind in choices)
+        is_right, wanted = type(value) in choices, f"of type {kinds}"
+    if is_right and type(value) is int:
+        least = 0 if name in MAY_BE_ZERO else 1
+        is_right = least <= value <= LARGEST
+        wanted = f"at least {least}" if value < least else f"at most {LARGEST:,}"
+    if is_right and type(value) is str:
+        is_right, wanted = bool(value.strip()) and value.isprintable(), "text that can be printed"
+    if not is_right:
+        raise ConfigError(f"{name} must be {wanted}, not {value!r}")
+    return value
 
 
-def _is_text(value: str | None) -> bool:
-    return value is None or bool(value.strip() and value.isprintable())
-
-
-def _is_name(value: str) -> bool:
-    return re.fullmatch(r"\w[\w.+=-]{0,99}", value) is not None
-
-
-def _guanaco(size: str, learning_rate: float, lora_dropout: float) -> dict[str, Any]:
-    """The paper's table 9: sizes differ in learning rate and dropout alone."""
-    data = "timdettmers/openassistant-guanaco"
-    return {
-        "model": f"huggyllama/llama-{size}",
-        "train_data": data,
-        "held_out_data": data,
-        "chat_template": "guanaco",
-        "learning_rate": learning_rate,
-        "lora_dropout": lora_dropout,
-        "answer_rows": 0,  # free conversation has no single right answer to match
-    }
-
-
+_GUANACO = {  # the defaults of FinetuneConfig are those of the paper's table 9 for 7B and 13B
+    "train_data": "timdettmers/openassistant-guanaco",
+    "held_out_data": "timdettmers/openassistant-guanaco",
+    "chat_template": "guanaco",
+    "answer_rows": 0,  # free conversation has no single right answer to match
+}
+_LARGE = {**_GUANACO, "learning_rate": 1e-4, "lora_dropout": 0.05}  # 33B and 65B
 PRESETS: dict[str, dict[str, Any]] = {
     "embedded": {
         "model": "data/base-model",
@@ -255,8 +217,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 72,
         "eval_batch_size": 100,
     },
-    "guanaco-7b": _guanaco("7b", 2e-4, 0.1),
-    "guanaco-13b": _guanaco("13b", 2e-4, 0.1),
-    "guanaco-33b": _guanaco("30b", 1e-4, 0.05),
-    "guanaco-65b": _guanaco("65b", 1e-4, 0.05),
+    "guanaco-7b": {**_GUANACO, "model": "huggyllama/llama-7b"},
+    "guanaco-13b": {**_GUANACO, "model": "huggyllama/llama-13b"},
+    "guanaco-33b": {**_LARGE, "model": "huggyllama/llama-30b"},
+    "guanaco-65b": {**_LARGE, "model": "huggyllama/llama-65b"},
 }

@@ -1,4 +1,4 @@
-"""Support for chapters 9 and 10: load a base model, with everything that matters said out loud.
+"""Support for chapters 9 and 10: load a base, and the adapter that was trained on it.
 
 Weights come from safetensors only, and no code from the Hub is ever run.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_edu.adapters import PEFT_PREFIX, check_tensors
+from qlora_edu.adapters import check_tensors
 from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.errors import (
     CheckpointError,
@@ -39,7 +39,7 @@ def quantization_config(config: FinetuneConfig) -> Any:
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype),
-        bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
+        bnb_4bit_quant_storage=torch.uint8,
         load_in_8bit=False,
         llm_int8_threshold=6.0,  # the llm_int8 fields act in 8 bits only, save for the next one
         llm_int8_skip_modules=["lm_head"],
@@ -57,8 +57,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cuda, source = torch.cuda.is_available(), locate(config.model)
-    card = int(os.environ.get("LOCAL_RANK", 0))  # each of several processes has its own
+    source = locate(config.model)
     try:
         _check_reachable(source)
         with quiet():
@@ -67,7 +66,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 source,
                 dtype=getattr(torch, config.base_dtype),
                 quantization_config=quantization_config(config),
-                device_map={"": card} if cuda and not fsdp() else None,
+                device_map={"": 0} if torch.cuda.is_available() else None,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -79,21 +78,22 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         ) from error
     except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
-            f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). It "
-            "must be a folder on this machine or a name on the Hugging Face Hub, with its weights "
-            "in safetensors. Without the Hub: download it on another machine ('hf download NAME "
-            "--local-dir FOLDER') and set model=FOLDER, or use the preset 'embedded', which needs "
-            "no network"
+            f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). Set "
+            "model= to a name on the Hugging Face Hub or to a folder, with weights in safetensors "
+            "('hf download NAME --local-dir FOLDER', where there is a network), or take the preset "
+            "'embedded', which needs no network"
         ) from error
     model, found = loaded
-    lacking, left_out = found["missing_keys"], found["unexpected_keys"]
-    if lacking:
+    if lacking := sorted(found["missing_keys"]):
         raise ModelUnavailableError(
-            f"the weights of {config.model!r} lack {_some(lacking)}, which would be drawn at "
-            "random; download it again"
+            f"the weights of {config.model!r} lack {len(lacking)} tensors ({lacking[0]}, …), which "
+            "would be drawn at random; download it again"
         )
-    if left_out:
-        print(f"warning: {config.model!r} has no layer for {_some(left_out)}: left out")
+    if left_out := sorted(found["unexpected_keys"]):
+        print(
+            f"warning: {config.model!r} has no layer for {len(left_out)} tensors ({left_out[0]}, "
+            "…): left out"
+        )
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -101,15 +101,22 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     forbid_cpu_repacking(model)
     if getattr(model.config, "random_init", False):
-        print(
-            f"RANDOM WEIGHTS: {config.model} was never trained; time and memory are real, no more"
-        )
+        print(f"RANDOM WEIGHTS: {config.model} was never trained; only time and memory are real")
     return model, tokenizer
 
 
-def _some(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
-    return f"the tensor {first}" + (f" and {len(others)} others" if others else "")
+def _check_reachable(source: str) -> None:
+    # One quick question; otherwise transformers would ask for a minute, noisily, before giving up.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
+        HfApi().model_info(source, timeout=10)
+
+
+def locate(name: str) -> str:
+    """A local path as it is, or under the repository's root if it is there; else a Hub name."""
+    exists = os.path.exists  # which says no to what can be no path, instead of raising
+    return name if exists(name) or not exists(ROOT / name) else str(ROOT / name)
 
 
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
@@ -120,7 +127,6 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     Raises:
         DamagedFileError: naming a file that is not what the manifest says.
         CheckpointError: if the base is another, even one of the same shape.
-        ModelUnavailableError, LoRAError: as `load_base` and `attach_adapter`.
     """
     folder = Path(folder)
     metadata = verify_manifest(folder)
@@ -129,30 +135,23 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
         return load_base(config.replace(model=str(folder)))
     config = config.replace(model=base or config.model)
     model, tokenizer = load_base(config)
-    found = fingerprint(locate(config.model))
-    if found != metadata["base_sha256"]:
+    if fingerprint(locate(config.model)) != metadata["base_sha256"]:
         raise CheckpointError(
-            f"the adapter in {folder} was trained on {metadata['base_model']!r} (SHA-256 "
-            f"{metadata['base_sha256'][:12]}…), and the weights of {config.model!r} are others "
-            f"({found[:12]}…). It would load, and answer badly; pass base= with the right one"
+            f"the adapter in {folder} was trained on {metadata['base_model']!r}, and the weights "
+            f"of {config.model!r} are others. It would load, and answer badly; pass base= with the "
+            "right one"
         )
     return attach_adapter(model, folder), tokenizer
 
 
-def attach_adapter(
-    model: Any, folder: str | Path, *, allow_partial: bool = False, name: str = "default"
-) -> Any:
+def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it, called `name`. PEFT itself
-    would pass over tensors that are missing (a deeper base), left over or damaged. Whether the
-    *weights* of the base are the right ones only `load_run` can tell.
-
-    Returns:
-        The model with the adapter, ready to answer; `model` itself is changed.
+    A model that has an adapter already gets another one beside it, called `name`. Returns the model
+    with the adapter, ready to answer; `model` itself is changed.
 
     Raises:
-        LoRAError: if the files cannot be read, are damaged, or do not fit.
+        LoRAError: if tensors are missing, left over or damaged; PEFT would pass over them.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
@@ -167,26 +166,12 @@ def attach_adapter(
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
         _check_adapter(config, tensors)
-    changed = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
-    kinds = {name.rpartition(".")[2] for name in changed}
-    linear = {
-        name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    left_out = sorted(n for n in linear if n.rpartition(".")[2] in kinds and n not in changed)
-    if left_out and not allow_partial and not getattr(config, "layers_to_transform", None):
-        raise LoRAError(
-            f"the adapter in {folder} leaves out {len(left_out)} layers of the kinds that it "
-            f"changes ({left_out[0]}, …): the base is deeper than its own. Use the base that it "
-            "was trained on, or allow_partial=True if some blocks were left out on purpose",
-            left_out,
-        )
-    if isinstance(config.target_modules, str):
-        # A regular expression of a stranger may take for ever; the tensors say which layers.
-        config.target_modules = sorted(changed)
-    several = hasattr(model, "peft_config")
+    # All layers of the kinds that have tensors: so a deeper base is noticed, and the regular
+    # expression of a stranger, which may take for ever, is not run.
+    layers = {name.partition(".lora_")[0] for name in tensors}
+    config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     config.base_model_name_or_path = None  # PEFT writes down what the base is called here
+    several = hasattr(model, "peft_config")
     with quiet():
         if several:
             adapted = model
@@ -207,29 +192,26 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse, before a base is touched, settings that no LoRA adapter has."""
     if not hasattr(config, "lora_alpha"):
         raise LoRAError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
-    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
-    for name, alpha in alphas.items():
+    if not tensors:
+        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
+    for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
-            raise LoRAError(f"the adapter's {name} is {alpha!r}; a number above 0 is wanted")
-    if not isinstance(config.target_modules, str | list | tuple | set):
-        raise LoRAError(f"target_modules must be names, not {config.target_modules!r}")
+            raise LoRAError(f"the adapter's lora_alpha is {alpha!r}; a number above 0 is wanted")
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
-            raise LoRAError(
-                f"{name} has shape {tuple(tensor.shape)}, and adapter_config.json says r = "
-                f"{config.r}; take both files from one place",
-                [name],
+            found = (
+                f"{name} has rank {tensor.shape[0]}, and adapter_config.json says r = {config.r}"
             )
+            raise LoRAError(f"{found}; take both files from one place", [name])
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
     """Refuse a target that no linear layer is called by."""
-    if config.targets == "all-linear" or config.method == "full":
-        return
+    targets = () if config.target_modules == "all-linear" else config.targets
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
-    for target in config.targets:
+    for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(
                 f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
@@ -243,62 +225,6 @@ def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
     longest = max(len(row["input_ids"]) for row in rows)
     if longest > positions:
         raise DataError(
-            f"the longest row has {longest:,} tokens, and the model knows {positions:,} positions; "
-            "lower max_length to that"
+            f"a row has {longest:,} tokens, and the model knows {positions:,} positions; lower "
+            "max_length to that"
         )
-
-
-def check_processes(config: FinetuneConfig) -> int:
-    """How many processes share the work; refuse a number, or a way, that cannot."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.gradient_accumulation_steps % processes:
-        raise ConfigError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by "
-            f"{processes} processes; choose a multiple"
-        )
-    if fsdp() and (config.save_steps or not torch.cuda.is_available()):
-        raise ConfigError(
-            "FSDP needs CUDA (on a CPU the trainer would pass over it in silence), and this course "
-            "writes no checkpoints of a base in shares: set save_steps=0"
-        )
-    return processes
-
-
-def fsdp() -> bool:
-    """Was this process launched to share the base out with others (accelerate's FSDP)?"""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def check_one_dtype(model: torch.nn.Module) -> None:
-    """Refuse a model that FSDP of version 1 cannot flatten: all its tensors must be of one dtype.
-
-    Packed 4-bit weights count with the dtype that they are stored as (`quant_storage`).
-    """
-    example: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
-        example.setdefault(parameter.dtype, name)
-    if len(example) > 1 or not next(iter(example)).is_floating_point:
-        found = "; ".join(f"{dtype}, as {name}" for dtype, name in example.items())
-        raise ConfigError(
-            f"FSDP flattens all tensors of a block into one, so they must be of one floating "
-            f"dtype, and here are {found}. Set quant_storage, compute_dtype and adapter_dtype to "
-            "the same, such as bfloat16"
-        )
-
-
-def locate(name: str) -> str:
-    """A local path as it is, or under the repository's root if it is there; else a Hub name."""
-    exists = os.path.exists  # which says no to what can be no path, instead of raising
-    return name if exists(name) or not exists(ROOT / name) else str(ROOT / name)
-
-
-def _check_reachable(source: str) -> None:
-    # One quick question; otherwise transformers would ask for a minute, noisily, before giving up.
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if Path(source).is_dir() or try_to_load_from_cache(source, "config.json") is not None:
-        return
-    try:
-        HfApi().model_info(source, timeout=10)
-    except Exception as error:  # each of the Hub's layers has exceptions of its own
-        raise OSError(f"the Hub did not answer: {error}") from error

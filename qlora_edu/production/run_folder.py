@@ -5,33 +5,18 @@ takes its name in one move at the end.
 """
 
 import contextlib
+import glob
 import json
-import platform
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_edu.errors import (
-    DamagedFileError,
-    DoesNotFitError,
-    QloraError,
-    RunExistsError,
-    TrainingError,
-)
-from qlora_edu.files import atomic
-from qlora_edu.production.checkpoints import (
-    STACK,
-    cannot_write,
-    checkpoints,
-    verify_manifest,
-    write_manifest,
-)
+from qlora_edu.errors import DoesNotFitError, RunExistsError, TrainingError
+from qlora_edu.production.checkpoints import checkpoints, write_manifest
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import Conversation
 
@@ -45,69 +30,36 @@ class Scores:
     answers: list[str] = field(repr=False)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Run:
-    """A fine-tune on its way: what was prepared, and what has come of it so far."""
+    """A fine-tune: what was prepared for it, and what has come of it so far.
+
+    `finetune` returns it when it is done; `model` and `tokenizer` are then ready to answer.
+    """
 
     config: FinetuneConfig
     folder: Path
     part: Path  # where it is written, until all of it takes the name `folder` in one move
-    writes: bool  # false in every process but the first, if there are several
     progress: bool
     checkpoint: Path | None = None  # the one that the run goes on from
     metadata: dict[str, Any] = field(default_factory=dict)  # see `run_metadata`
+    model: Any = None
     tokenizer: Any = None
+    trainer: Any = None
     held_out: list[Conversation] = field(default_factory=list)
     encoded: list[dict[str, list[int]]] = field(default_factory=list)  # the held-out rows
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # to train on, encoded
-    trainer: Any = None
-    before: Scores | None = None
-    after: Scores | None = None
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0  # of training
+    before: Any = None  # Scores
+    after: Any = None  # Scores
+    losses: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (step, mean loss since the last)
+    training_seconds: float = 0.0  # without loading and without the two measurements
 
     @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
-
-    @contextlib.contextmanager
-    def saying_where(self) -> Iterator[None]:
-        """Add to whatever ends the run how far it had come, and from where it can go on."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped at {self.whereabouts()}") from None
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"out of memory at {self.whereabouts()}. Training: lower batch_size, and begin "
-                "again. Measuring: lower eval_batch_size, and resume"
-            ) from error
-        except TrainingError as error:
-            raise TrainingError(f"{error} ({self.whereabouts()})") from error
-
-    def whereabouts(self) -> str:
-        """How far the run has come, and the step from which it can go on."""
-        step = self.trainer.state.global_step if self.trainer else 0
-        saved = checkpoints(checkpoints_of(self.folder))
-        goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint yet"
-        return f"step {step} of {self.config.max_steps}; {goes_on}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What came of a run; `model` and `tokenizer` are ready to answer."""
-
-    config: FinetuneConfig
-    folder: Path
-    before: Scores
-    after: Scores
-    training_seconds: float  # without loading and without the two measurements
-    losses: list[tuple[int, float]] = field(repr=False)  # (step, mean loss since the entry before)
-    trainable_parameters: int
-    held_out: list[Conversation] = field(repr=False)
-    model: Any = field(repr=False)
-    tokenizer: Any = field(repr=False)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def summary(self) -> dict[str, float | int | None]:
         """The figures of the run, ready for JSON."""
@@ -122,25 +74,29 @@ class FinetuneResult:
             "trainable_parameters": self.trainable_parameters,
         }
 
-    def table(self) -> str:
-        """Both measures, before and after, in three aligned lines or two."""
-        before, after = self.before, self.after
-        lines = [
-            f"{'':24}before    after",
-            f"held-out loss, nats  {before.held_out_loss:9.3f}{after.held_out_loss:9.3f}",
-        ]
-        if after.exact_match is not None:
-            lines.append(f"exact match          {before.exact_match:9.2f}{after.exact_match:9.2f}")
-        return "\n".join(lines)
-
     def closing_line(self) -> str:
         """One line: what was measured, before and after."""
-        before, after, rows = self.before, self.after, len(self.held_out)
-        said = f"held-out loss {before.held_out_loss:.3f} → {after.held_out_loss:.3f}"
-        if after.exact_match is not None:
-            said = f"exact match {before.exact_match:.2f} → {after.exact_match:.2f}"
-            rows = len(after.answers)
-        return f"{said} on {rows} held-out rows, {self.training_seconds:.0f} s of training"
+        losses = f"{self.before.held_out_loss:.3f} → {self.after.held_out_loss:.3f}"
+        said = f"held-out loss {losses} nats on {len(self.held_out)} rows"
+        if self.after.exact_match is not None:
+            matches = f"{self.before.exact_match:.2f} → {self.after.exact_match:.2f}"
+            said += f", exact match {matches} on {len(self.after.answers)}"
+        return f"{said}; {self.training_seconds:.0f} s of training"
+
+    @contextlib.contextmanager
+    def saying_where(self) -> Iterator[None]:
+        """Add to whatever ends the run how far it had come, and from where it can go on."""
+        try:
+            yield
+        except (KeyboardInterrupt, torch.OutOfMemoryError, TrainingError) as error:
+            step = self.trainer.state.global_step if self.trainer else 0
+            saved = checkpoints(checkpoints_of(self.folder))
+            goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint"
+            where = f"stopped at step {step} of {self.config.max_steps}; {goes_on}"
+            if isinstance(error, torch.OutOfMemoryError):
+                advice = "lower batch_size and begin again, or eval_batch_size and resume"
+                raise DoesNotFitError(f"{where}. Out of memory: {advice}") from error
+            raise type(error)(f"{where}: {error}" if str(error) else where) from error
 
 
 # Where a run is written
@@ -154,31 +110,25 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
     Raises:
         RunExistsError: if `output_dir` is there already, or checkpoints are and shall not be used.
     """
-    if config.output_dir is not None:
-        folder = Path(config.output_dir)
-        if resume and _is_finished(folder):
-            raise RunExistsError(f"{folder} is finished: there is nothing to resume")
-        if folder.exists():
-            raise RunExistsError(
-                f"{folder} exists, and a run overwrites nothing; choose another output_dir, or "
-                "delete that folder yourself"
-            )
-        if checkpoints_of(folder).exists() and not resume:
-            raise RunExistsError(
-                f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. "
-                "resume=True (on the command line --resume) goes on with it; to begin again, "
-                "delete that folder yourself"
-            )
-        return folder
-    names = [config.name, *(f"{config.name}-{n}" for n in range(2, 1000))]
-    folders = [f for f in (Path("runs") / name for name in names) if not f.exists()]
-    interrupted = [f for f in folders if checkpoints_of(f).exists()]
-    if resume and interrupted:
-        return interrupted[-1]
-    free = [f for f in folders if f not in interrupted]
-    if not free:
-        raise RunExistsError(f"runs/{config.name} … -999 are all taken; choose another name")
-    return free[0]
+    if config.output_dir is None:
+        names = [config.name, *(f"{config.name}-{n}" for n in range(2, 1000))]
+        folders = [f for f in (Path("runs") / name for name in names) if not f.exists()]
+        interrupted = [f for f in folders if checkpoints_of(f).exists()]
+        free = [f for f in folders if f not in interrupted]
+        return interrupted[-1] if resume and interrupted else free[0]
+    folder = Path(config.output_dir)
+    if folder.exists():
+        raise RunExistsError(
+            f"{folder} exists: a run that is finished, or a folder of yours. A run overwrites "
+            "nothing; choose another output_dir, or delete that folder yourself"
+        )
+    if checkpoints_of(folder).exists() and not resume:
+        raise RunExistsError(
+            f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. "
+            "resume=True (on the command line --resume) goes on with it; to begin again, delete "
+            "that folder yourself"
+        )
+    return folder
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -186,93 +136,42 @@ def checkpoints_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.checkpoints")
 
 
-def _is_finished(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(verify_manifest(folder))
-    except DamagedFileError:
-        return False
+def remove_parts(folder: Path) -> None:
+    """Remove what the run `folder` had half written when it was killed."""
+    parts = folder.parent.glob(f".{glob.escape(folder.name)}.part-*")
+    for part in (*parts, *checkpoints_of(folder).glob(".checkpoint-*.part-*")):
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def discard_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a run whose folder is whole; what else is beside them stays."""
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run whose `folder` is whole; what else is beside them stays."""
     saved = checkpoints_of(folder)
-    if not saved.exists() or not _is_finished(folder):
-        return
-    _remove(*checkpoints(saved), *saved.glob(".checkpoint-*.part-*"))
-    with contextlib.suppress(OSError):  # not empty
+    for checkpoint in checkpoints(saved):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with contextlib.suppress(OSError):  # absent, or not empty
         saved.rmdir()
-
-
-def discard_unfinished(config: FinetuneConfig) -> None:
-    """Remove half-written folders, and checkpoints of a finished run, before `config` resumes."""
-    if config.output_dir is not None:
-        discard_checkpoints(Path(config.output_dir))
-    with contextlib.suppress(RunExistsError):
-        folder = choose_output_dir(config, resume=True)
-        _remove(*folder.parent.glob(f".{folder.name}.part-*"))
-        _remove(*checkpoints_of(folder).glob(".checkpoint-*.part-*"))
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def unfinished(folder: Path, writes: bool) -> Iterator[Path]:
-    """The hidden folder that becomes `folder`, in place of its checkpoints, when all is written.
-
-    A process that writes nothing gets a temporary one.
-
-    Raises:
-        CheckpointError: if the disk refuses; if it can be known, before an hour of training.
-    """
-    from safetensors import SafetensorError
-
-    if not writes:
-        with tempfile.TemporaryDirectory() as elsewhere:
-            yield Path(elsewhere)
-        return
-    try:
-        with atomic.folder(folder) as part:
-            yield part
-    except QloraError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(folder, error) from error
-    discard_checkpoints(folder)
 
 
 # What is written
 
 
-def write_run(folder: Path, result: FinetuneResult, metadata: dict[str, Any]) -> None:
-    """Write adapter (or whole model), tokenizer, settings, measurements, versions, manifest."""
+def write_run(run: Run) -> None:
+    """Write adapter (or whole model), tokenizer, settings, measurements and manifest."""
     import yaml
 
-    config = result.config
-    save_weights(result.model, folder, config)
-    result.tokenizer.save_pretrained(folder)
+    save_weights(run.model, run.part, run.config)
+    run.tokenizer.save_pretrained(run.part)
     metrics = [
-        {"event": "before", **asdict(result.before)},
-        *({"event": "step", "step": step, "loss": loss} for step, loss in result.losses),
-        {"event": "after", **asdict(result.after)},
-        {"event": "summary", **result.summary()},
+        {"event": "before", **asdict(run.before)},
+        *({"event": "step", "step": step, "loss": loss} for step, loss in run.losses),
+        {"event": "after", **asdict(run.after)},
+        {"event": "summary", **run.summary()},
     ]
     lines = [json.dumps(metric, ensure_ascii=False, allow_nan=False) for metric in metrics]
-    versions = {
-        "seed": config.seed,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        **{name: version(name) for name in STACK},
-    }
-    for name, text in (
-        ("config.yaml", yaml.safe_dump(asdict(config), sort_keys=False)),
-        ("metrics.jsonl", "\n".join(lines) + "\n"),
-        ("versions.json", json.dumps(versions, indent=1) + "\n"),
-    ):
-        (folder / name).write_text(text, encoding="utf-8")
-    write_manifest(folder, metadata)
+    (run.part / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = yaml.safe_dump(asdict(run.config), sort_keys=False)
+    (run.part / "config.yaml").write_text(settings, encoding="utf-8")
+    write_manifest(run.part, run.metadata)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:

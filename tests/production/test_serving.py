@@ -199,5 +199,5 @@ def test_a_deeper_base_is_noticed_beside_another_adapter(tmp_path):
     config = (Path(FOLDERS["record"]) / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
     shelf = AdapterShelf(base, {"all": FOLDERS["all"]})
-    with pytest.raises(LoRAError, match="deeper"):
+    with pytest.raises(LoRAError, match="is missing from the adapter"):
         attach_adapter(shelf.model, tmp_path, name="shallow")
