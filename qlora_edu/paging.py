@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qlora_edu.errors import PagingError
 from qlora_edu.files.host_tier import (
-    NEVER_PAGED,
     OPTIONS,
     HostTierAdamW,
     check_budget,
@@ -38,8 +37,7 @@ def adamw_update(
 ) -> None:
     """One step of AdamW, in place, on any slice of a parameter and of its two states.
 
-    All four tensors have one shape and dtype; `step` counts from 1. The update needs one scratch
-    tensor of their shape, half a page.
+    All four tensors have one shape and dtype; `step` counts from 1. One scratch tensor is needed.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the operations of
     `torch.optim.AdamW(foreach=False)`, so that rounding is the same.
@@ -120,8 +118,7 @@ class Page(NamedTuple):
 def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
     """Cut both states of one parameter, `[2, n]`, into pages of at most `page_bytes`.
 
-    Raises:
-        PagingError: a page has no room for one element's two states.
+    A page with no room for one element's two states is a `PagingError`.
 
     >>> [page.columns for page in cut_into_pages(torch.zeros(2, 3), page_bytes=16)]
     [slice(0, 2, None), slice(2, 3, None)]
@@ -151,9 +148,8 @@ class PagedAdamW(HostTierAdamW):
         page_bytes: moved at a time: both states of up to `page_bytes / 2` bytes of a parameter.
         folder: where the file goes; by default where `tempfile` puts files.
 
-    Raises:
-        PagingError: a budget below one page, or what the plain update would have to ignore.
-        PagingError: no room for the states. In every case nothing has been changed.
+    Raises `PagingError`, with nothing changed, if the budget is below one page, there is no room
+    for the states, or the plain update would have to ignore something.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Paged Optimizers".
 
@@ -205,8 +201,7 @@ class PagedAdamW(HostTierAdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, page by page; return what `closure` returns.
 
-        Raises:
-            PagingError: for a sparse gradient and the like, before anything is changed.
+        A sparse gradient and the like is a `PagingError`, before anything is changed.
         """
         loss = None
         if closure is not None:
@@ -261,15 +256,3 @@ class PagedAdamW(HostTierAdamW):
     def _forget_frames(self) -> None:
         """Read every page anew: what the host tier holds has been replaced."""
         self.table = PageTable(self.table.frames)
-
-
-def pages_in_bitsandbytes(parameters: Iterable[Tensor]) -> list[bool]:
-    """Which parameters' states the paged optimizers of bitsandbytes put in managed memory.
-
-    Those with `NEVER_PAGED` elements or more, whatever their bytes (8-bit states, too); on a CPU
-    none, with a warning. Source: `Optimizer8bit.get_state_buffer` of bitsandbytes.
-
-    >>> pages_in_bitsandbytes([torch.empty(16, 4096), torch.empty(32, 4096)])  # A for r = 16, 32
-    [False, True]
-    """
-    return [parameter.numel() >= NEVER_PAGED for parameter in parameters]
