@@ -32,8 +32,7 @@ def find_linear_layers(
 
     Returns the full names, in the model's order.
 
-    Raises:
-        LoRAError: nothing is found, a target is found nowhere, or it is no plain `nn.Linear`.
+    Raises `LoRAError` if a target, or any layer, is found nowhere, or is no plain `nn.Linear`.
 
     >>> find_linear_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), skip=["2"])
     ['0']
@@ -47,7 +46,8 @@ def find_linear_layers(
             kinds = sorted({type(m).__name__ for m in model.modules() if "weight" in m._parameters})
             raise LoRAError(f"there is no nn.Linear to adapt, but {kinds or 'no weight'}{CONV1D}")
         return kept
-    wanted = split_names(target_modules)
+    listed = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    wanted = [name.strip() for name in listed if name.strip()]
     found = [name for name, _ in model.named_modules() if _is_one_of(name, wanted)]
     lost = [target for target in wanted if not any(_is_one_of(name, [target]) for name in found)]
     if lost or not found:
@@ -60,16 +60,6 @@ def find_linear_layers(
     return found
 
 
-def split_names(names: str | Sequence[str]) -> list[str]:
-    """List names that may be given with commas between them, without the spaces around them.
-
-    >>> split_names("q_proj, v_proj")
-    ['q_proj', 'v_proj']
-    """
-    listed = names.split(",") if isinstance(names, str) else names
-    return [name.strip() for name in listed if name.strip()]
-
-
 def refuse_adapters(model: nn.Module) -> None:
     """Refuse a model that has adapters: a second kind would adapt the first, and freeze it."""
     found = [
@@ -79,9 +69,8 @@ def refuse_adapters(model: nn.Module) -> None:
     ]
     if found:
         raise LoRAError(
-            f"the model has {len(found)} adapted layers already ({_list(found)}). Take them out: "
-            "remove_adapters(model) for ours of 16 bits and more, unload() for PEFT's; a model in "
-            "4 bits has to be loaded again"
+            f"the model has {len(found)} adapted layers already ({_list(found)}): take them out by "
+            "remove_adapters(model), PEFT's by unload(), or load a model in 4 bits again"
         )
 
 
@@ -172,9 +161,7 @@ def load_adapters(
 
     Loading again swaps one adapter for another. `allow_untrained` takes one whose `B` are all zero.
 
-    Raises:
-        LoRAError: names, shapes or numbers do not fit (see `check_tensors`), a layer is merged, or
-            the model has no adapted layer.
+    Raises `LoRAError` as `check_tensors` does, or if no layer is adapted, or one is merged.
     """
     layers, own = lora_layers(model), adapter_tensors(model)
     if not own:
@@ -190,10 +177,7 @@ def load_adapters(
 def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Refuse an adapter `tensors` that is not whole, sound, trained, and made for `own`.
-
-    `own` are the tensors that the model has places for.
-    """
+    """Refuse an adapter that is not whole, finite, trained, and made for the tensors `own`."""
     if not tensors:
         raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
     faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
@@ -225,20 +209,10 @@ def remove_adapters(model: nn.Module) -> None:
     """Put what was adapted back in the place of every `LoRALinear` and `HoulsbyAdapter`.
 
     The adapter is lost. A `QLoRALinear` stays: the weight that it was made from is gone.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = add_lora(model, r=2, lora_alpha=4)
-    >>> remove_adapters(model)
-    >>> model
-    Sequential(
-      (0): Linear(in_features=8, out_features=8, bias=True)
-    )
     """
-    adapted = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear | HoulsbyAdapter)
-    ]
-    for name, layer in adapted:
-        replace_module(model, name, layer.base)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear | HoulsbyAdapter):
+            replace_module(model, name, module.base)
 
 
 def _is_one_of(name: str, endings: Sequence[str]) -> bool:

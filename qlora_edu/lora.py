@@ -19,9 +19,7 @@ from qlora_edu.errors import LoRAError
 
 
 def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Split a matrix into two thin ones whose product is as near to it as rank `r` allows.
-
-    Takes `[out, in]`; returns `B` `[out, r]` and `A` `[r, in]`.
+    """Split `[out, in]` into `B` `[out, r]` and `A` `[r, in]`, whose product is the nearest.
 
     Source: Eckart and Young (1936): the truncated singular value decomposition.
 
@@ -35,9 +33,7 @@ def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def energy_kept(singular_values: Tensor) -> Tensor:
-    """Measure the share of the sum of squares that the first 1, 2, 3 … directions hold.
-
-    Takes `[n]`, descending; returns float64 `[n]`, of which the last is 1.
+    """Share of the sum of squares that the first 1, 2, 3 … of `[n]` hold; float64 `[n]`.
 
     >>> energy_kept(torch.tensor([3.0, 1.0])).tolist()
     [0.9, 1.0]
@@ -49,15 +45,12 @@ def energy_kept(singular_values: Tensor) -> Tensor:
 class LoRALayer(nn.Module):
     """The adapter itself, `x -> (α/r) · B · A · dropout(x)`; the layers that use it add a base.
 
-    `lora_A` is `[r, in_features]` and `lora_B` is `[out_features, r]`: the parameters PEFT calls
-    `lora_A.weight` and `lora_B.weight`.
+    `lora_A` is `[r, in_features]`, `lora_B` is `[out_features, r]`, both of `dtype` on `device`.
 
     Args:
-        in_features, out_features: the shape of `ΔW`.
         r: the rank. One above `min(in, out)` adds parameters and no freedom.
         lora_alpha: α; the product is scaled by `α/r`.
         lora_dropout: the probability that an entry of the adapter's input is dropped in training.
-        device, dtype: of `A` and `B`.
 
     Raises `LoRAError` for a setting that is out of range.
     """
@@ -87,18 +80,12 @@ class LoRALayer(nn.Module):
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw `A` as `nn.Linear` draws its weight, within ±1/√in, and set `B` to zero."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # within ±1/√in, as nn.Linear's
         nn.init.zeros_(self.lora_B)
 
     def low_rank_update(self, x: Tensor) -> Tensor:
-        """Compute what the adapter adds for `x` `[..., in]`: `[..., out]`, in its own dtype.
-
-        `ΔW` is never formed; the scaling acts where a token has only `r` numbers.
-        """
+        """Compute what the adapter adds for `x` `[..., in]`: `[..., out]`, in its own dtype."""
+        # ΔW is never formed; the scaling acts where a token has only r numbers.
         x = self.lora_dropout(x.to(self.lora_A.dtype))
         return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
@@ -137,12 +124,9 @@ class LoRALayer(nn.Module):
 class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` with a trainable low-rank change beside it: `base(x) + ΔW·x`.
 
-    `x` is `[..., in]` in the base's dtype, the output `[..., out]` in the same. The adapter is
-    float32 or wider: a bfloat16 parameter would lose most of its small steps to rounding.
-
-    Args:
-        linear: the base; it is kept (not copied) as `base`, and frozen, bias included.
-        r, lora_alpha, lora_dropout: as for `LoRALayer`.
+    `x` is `[..., in]` in the base's dtype, the output `[..., out]` in the same. `linear` is kept as
+    `base`, and frozen, bias included. The adapter is float32 or wider: a bfloat16 parameter would
+    lose most of its small steps to rounding.
 
     Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
@@ -158,25 +142,15 @@ class LoRALinear(LoRALayer):
     unmerged_weight: Tensor | None
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
+        self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0
     ) -> None:
         # A subclass may hold its weight in another form (bitsandbytes' Linear4bit packs it).
         if type(linear) is not nn.Linear:
             kind = type(linear).__name__
             raise LoRAError(f"LoRALinear wraps a plain nn.Linear, not a {kind}; see QLoRALinear")
-        super().__init__(
-            linear.in_features,
-            linear.out_features,
-            r,
-            lora_alpha,
-            lora_dropout,
-            device=linear.weight.device,
-            dtype=torch.promote_types(linear.weight.dtype, torch.float32),
-        )
+        shape, weight = (linear.in_features, linear.out_features), linear.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        super().__init__(*shape, r, lora_alpha, lora_dropout, device=weight.device, dtype=dtype)
         self.base = linear.requires_grad_(False)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_state_dict_post_hook(_save_the_unmerged_weight)
@@ -240,10 +214,6 @@ class HoulsbyAdapter(nn.Module):
     `h` is the output of `base`; `down` (`D`, `[bottleneck, out]`) and `up` (`U`,
     `[out, bottleneck]`) are trained, both with a bias. `U` and its bias start at zero, so the layer
     begins as its base. Between `D` and `U` lies a bend, so it cannot be merged into `base`.
-
-    Args:
-        base: an `nn.Linear`; it is frozen.
-        bottleneck: the inner width `m`; there are `2·m·out + m + out` parameters.
 
     Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
 

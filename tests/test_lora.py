@@ -77,10 +77,10 @@ def test_forward_equals_peft_under_autocast():
 
 
 def test_the_initial_values_are_those_of_peft():
-    layer = make_layer(trained=False)
-    twin = peft_twin(layer)
+    base = nn.Linear(IN, OUT)
     torch.manual_seed(3)
-    layer.reset_parameters()
+    layer = LoRALinear(base, RANK, ALPHA)
+    twin = peft_twin(layer)
     torch.manual_seed(3)
     twin.reset_lora_parameters("default", True)
     assert torch.equal(layer.lora_A, twin.lora_A["default"].weight)

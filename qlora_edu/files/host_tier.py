@@ -32,40 +32,28 @@ UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable",
 def reserve_states(
     parameters: list[Tensor], folder: str | os.PathLike | None
 ) -> dict[Tensor, Tensor]:
-    """Zeros in the host tier, `[2, n]`, for both states of every parameter of `n` elements.
-
-    All are on one device, which decides between pinned memory and a file in `folder`.
-    """
+    """Zeros in the host tier, `[2, n]`, for both states of every parameter of `n` elements."""
     if not parameters:
         return {}
     sizes = [-(-2 * p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
-    cuda = parameters[0].device.type == "cuda"
-    host = _pinned_memory(sum(sizes)) if cuda else _file_memory(sum(sizes), folder)
+    host = _reserve(sum(sizes), parameters[0].device.type == "cuda", folder)
     pieces = zip(parameters, host.split(sizes), strict=True)
     return {p: piece[: 2 * p.nbytes].view(p.dtype).view(2, p.numel()) for p, piece in pieces}
 
 
-def _pinned_memory(nbytes: int) -> Tensor:
+def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Tensor:
+    folder = tempfile.gettempdir() if folder is None else folder
     try:
-        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError as error:
-        what = f"cannot pin {nbytes:,} bytes for optimizer states ({error})"
-        raise PagingError(f"{what}: free some memory") from error
-
-
-def _file_memory(nbytes: int, folder: str | os.PathLike | None) -> Tensor:
-    """Zeros in a temporary file without a name, gone with the process even when that is killed."""
-    if nbytes == 0:
-        return torch.zeros(0, dtype=torch.uint8, device="cpu")
-    try:
-        folder = tempfile.gettempdir() if folder is None else folder
+        if pinned or nbytes == 0:
+            return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        # A file without a name is gone with the process even when that is killed.
         with tempfile.TemporaryFile(dir=folder) as file:
             _fill(file, nbytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-    except OSError as error:
-        what = f"cannot reserve {nbytes:,} bytes for optimizer states in {folder}"
-        remedy = "pass a folder= that has room and can be written to"
-        raise PagingError(f"{what} ({error.strerror}): {remedy}") from error
+    except (OSError, RuntimeError) as error:
+        what = f"cannot reserve {nbytes:,} bytes for optimizer states"
+        where = "pinned memory: free some" if pinned else f"{folder}: pass another folder="
+        raise PagingError(f"{what} ({error}) in {where}") from error
 
 
 def _fill(file: Any, nbytes: int) -> None:
@@ -85,19 +73,11 @@ class HostTierAdamW(torch.optim.AdamW):
     its `flush` writes back what is there, and `_forget_frames` drops it.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        folder: str | os.PathLike | None,
-    ) -> None:
+    def __init__(self, params: Any, folder: str | os.PathLike | None, **options: Any) -> None:
         self.folder = folder
         self._device: torch.device | None = None
         self._host_states: dict[Tensor, Tensor] = {}  # of each parameter: [2, elements]
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, **options)
 
     @property
     def host_bytes(self) -> int:
@@ -135,10 +115,7 @@ class HostTierAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class or `torch.optim.AdamW` has saved, straight into the host tier.
-
-        A state dict that does not fit is a `PagingError`, and changes nothing.
-        """
+        """Load what `torch.optim.AdamW` or this has saved; what does not fit changes nothing."""
         parameter_of = match_state_dict(state_dict, self.param_groups)
         self.flush()  # a copy that is under way would land on what is loaded
         self._forget_frames()
@@ -150,8 +127,7 @@ class HostTierAdamW(torch.optim.AdamW):
                 continue
             for name, row in zip(STATES, states, strict=True):
                 row.copy_(state[name].reshape(-1))
-            step = state["step"].item()
-            steps[key] = {"step": torch.tensor(step, dtype=torch.float32, device="cpu")}
+            steps[key] = {"step": state["step"].float().cpu().clone()}
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
     def __getstate__(self) -> None:
@@ -175,7 +151,7 @@ class ThreadCopier:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paging")
 
     def adopt(self, frame: Tensor) -> None:
-        """Nothing to do: Python keeps the memory of a copy that is under way."""
+        """Nothing: Python keeps the memory of a copy that is under way."""
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> Future:
         """Start to copy pairs of (destination, source); returns what `wait` takes."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from qlora_edu.adapters import (
     PEFT_PREFIX,
+    _list,
     adapter_tensors,
     add_lora,
     load_adapters,
@@ -44,8 +45,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     if len(settings) != 1:
         raise LoRAError(f"one (r, alpha, dropout) fits in a file; this model has {settings or 0}")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if others := [name for name in trained if not name.endswith((".lora_A", ".lora_B"))]:
-        raise LoRAError(f"{others} would not be saved; freeze them, or save with PEFT")
+    if others := [name for name in trained if not name.endswith(("lora_A", "lora_B"))]:
+        raise LoRAError(f"{_list(others)} would not be saved; freeze them, or save with PEFT")
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     ((r, lora_alpha, lora_dropout),) = settings
@@ -93,10 +94,8 @@ def load_adapter(
         raise LoRAError(f"plain LoRA layers cannot hold an adapter with {other}; load it with PEFT")
     if not tensors:
         raise LoRAError(f"{folder} holds an empty adapter: not one tensor was saved")
-    layers, trainable = (
-        lora_layers(model),
-        {n: p.requires_grad for n, p in model.named_parameters()},
-    )
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = lora_layers(model)
     own = {(layer.r, layer.lora_alpha) for layer in layers.values()}
     if layers and list(own) != [(r, lora_alpha)]:
         raise LoRAError(
