@@ -25,7 +25,11 @@ _FREE = {
     "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 # Fields that may say one of these; every other one must be empty, as it is by default.
-_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
+_PLAIN: dict[str, list[Any]] = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "init_lora_weights": [True, "gaussian"],
+}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> None:
