@@ -1,15 +1,12 @@
 """Chapter 4: adapters in a model, where they are found, added, taken out and put in.
 
 An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors.
-`add_lora` makes room for them in a model, `adapter_tensors` takes them out, `load_adapters`
-puts others in: that is all of "swapping". They go by the names that PEFT gives them, so that each
-reads the other's; the folder that holds them is written in `files.peft_format`.
-
-Nothing is half-loaded, and nothing is loaded in silence that would change nothing or spoil
-everything: names and shapes must fit, NaN is refused, and so is a `B` that is zero throughout.
+`add_lora` makes room for them in a model, `adapter_tensors` takes them out, `load_adapters` puts
+others in: that is all of "swapping". They go by the names that PEFT gives them, so that each reads
+the other's. Nothing is half-loaded, and nothing that would change nothing or spoil everything.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +16,8 @@ from qlora_edu.errors import LoRAError
 from qlora_edu.lora import HoulsbyAdapter, LoRALayer, LoRALinear
 
 PEFT_PREFIX = "base_model.model."
-BIASES = ("none", "lora_only", "all")
-LISTED = 6  # tensors named in an error message
-_PARTS = ("lora_A", "lora_B")
+LISTED = 6  # names in an error message
+CONV1D = " (GPT-2's Conv1D keeps its weight as [in, out]: PEFT can adapt it, this course does not)"
 
 
 def find_linear_layers(
@@ -30,78 +26,52 @@ def find_linear_layers(
     """Find the `nn.Linear` layers to adapt: all, or those whose name ends in a target.
 
     Args:
-        model: is not changed.
         target_modules: names, as a list or with commas between them; every one must be found. Or
             "all-linear", which leaves out the output head, as PEFT does.
         skip: endings of names that "all-linear" leaves out too.
 
     Returns the full names, in the model's order.
 
-    Raises:
-        LoRAError: nothing is found, a target is found nowhere, or it is no plain `nn.Linear`.
+    Raises `LoRAError` if a target, or any layer, is found nowhere, or is no plain `nn.Linear`.
 
     >>> find_linear_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), skip=["2"])
     ['0']
     """
-    named = {name: module for name, module in model.named_modules() if name}
-    if target_modules != "all-linear":
-        wanted = split_names(target_modules)
-        found = [name for name in named if any(_ends_in(name, target) for target in wanted)]
-        lost = [target for target in wanted if not any(_ends_in(name, target) for name in found)]
-        if lost or not found:
-            own = sorted({n.rpartition(".")[2] for n, m in named.items() if type(m) is nn.Linear})
-            wrong = f"no layer is called {lost}" if lost else "target_modules names no layer"
-            raise LoRAError(f"{wrong}; the linear layers are called {own}")
-        for name in found:
-            if type(named[name]) is not nn.Linear:
-                raise LoRAError(f"{name} cannot be adapted: {_why_not(named[name])}")
-        return found
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    found = [
-        name
-        for name, module in named.items()
-        if type(module) is nn.Linear and module is not head and not _is_one_of(name, skip)
-    ]
-    if not found:
-        layers = [m for m in named.values() if "weight" in m._parameters]
-        others = [m for m in layers if type(m) is not nn.Linear and m is not head]
-        kinds = {type(m).__name__: m for m in others}
-        nothing = "all are left out" if layers else "it has no weights"
-        reasons = "; ".join(_why_not(kinds[kind]) for kind in sorted(kinds)) or nothing
-        raise LoRAError(f"{type(model).__name__} has no nn.Linear to adapt: {reasons}")
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if target_modules == "all-linear":
+        get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = get_head()
+        kept = [name for name in linear if linear[name] is not head and not _is_one_of(name, skip)]
+        if not kept:
+            kinds = sorted({type(m).__name__ for m in model.modules() if "weight" in m._parameters})
+            raise LoRAError(f"there is no nn.Linear to adapt, but {kinds or 'no weight'}{CONV1D}")
+        return kept
+    listed = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    wanted = [name.strip() for name in listed if name.strip()]
+    found = [name for name, _ in model.named_modules() if _is_one_of(name, wanted)]
+    lost = [target for target in wanted if not any(_is_one_of(name, [target]) for name in found)]
+    if lost or not found:
+        own = sorted({name.rpartition(".")[2] for name in linear})
+        raise LoRAError(f"no layer is called {lost}; the linear layers are called {own}")
+    for name in found:
+        if name not in linear:
+            kind = type(model.get_submodule(name)).__name__
+            raise LoRAError(f"{name} cannot be adapted: {kind} is not a plain nn.Linear{CONV1D}")
     return found
-
-
-def split_names(names: str | Sequence[str]) -> list[str]:
-    """List names that may be given with commas between them, without the spaces around them.
-
-    >>> split_names("q_proj, v_proj")
-    ['q_proj', 'v_proj']
-    """
-    listed = names.split(",") if isinstance(names, str) else names
-    return [name.strip() for name in listed if name.strip()]
 
 
 def refuse_adapters(model: nn.Module) -> None:
     """Refuse a model that has adapters: a second kind would adapt the first, and freeze it."""
-    ours = {
-        name: type(module).__name__
+    found = [
+        f"{name}: {type(module).__name__}"
         for name, module in model.named_modules()
-        if isinstance(module, LoRALayer | HoulsbyAdapter)
-    }
-    theirs = {n: "PEFT's" for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-    if not (found := ours | theirs):
-        return
-    way_out = "load the base model again, for its weights are in 4 bits"
-    if theirs:
-        way_out = "unload() of the PEFT model takes it out"
-    elif all(isinstance(model.get_submodule(name), LoRALinear | HoulsbyAdapter) for name in ours):
-        way_out = "remove_adapters(model) takes it out"
-    raise LoRAError(
-        f"the model has {len(found)} adapted layers already "
-        f"({_list(f'{name}: {kind}' for name, kind in found.items())}): {way_out}"
-    )
+        if isinstance(module, LoRALayer | HoulsbyAdapter) or hasattr(module, "get_delta_weight")
+    ]
+    if found:
+        raise LoRAError(
+            f"the model has {len(found)} adapted layers already ({_list(found)}): take them out by "
+            "remove_adapters(model), PEFT's by unload(), or load a model in 4 bits again"
+        )
 
 
 def add_lora(
@@ -111,17 +81,11 @@ def add_lora(
     *,
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
-    bias: str = "none",
-    init: str = "kaiming",
 ) -> list[str]:
     """Freeze `model` and wrap its linear layers in `LoRALinear`.
 
-    Args:
-        target_modules: as for `find_linear_layers`.
-        bias: which biases are trained besides: "none", those of the wrapped layers ("lora_only") or
-            "all". A trained bias is part of the adapter, and changes the base.
-
-    Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
+    `target_modules` is as for `find_linear_layers`. Returns the names of the layers; a model that
+    has adapters already is refused (`LoRAError`).
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
@@ -129,23 +93,9 @@ def add_lora(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['2.lora_A', '2.lora_B']
     """
-    if bias not in BIASES:
-        raise LoRAError(f"bias must be one of {BIASES}, not {bias!r}")
-    refuse_adapters(model)
-    names = find_linear_layers(model, target_modules)
-    linear: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    layers = [LoRALinear(linear[n], r, lora_alpha, lora_dropout, init) for n in names]
-    model.requires_grad_(False)
-    for name, layer in zip(names, layers, strict=True):
-        replace_module(model, name, layer)
-        layer.lora_A.requires_grad_()
-        layer.lora_B.requires_grad_()
-        if bias == "lora_only" and layer.base.bias is not None:
-            layer.base.bias.requires_grad_()
-    if bias == "all":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or _is_one_of(name, ["bias"]))
-    return names
+    return _wrap(
+        model, target_modules, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout)
+    )
 
 
 def add_houlsby(
@@ -153,11 +103,8 @@ def add_houlsby(
 ) -> list[str]:
     """Freeze `model` and put a `HoulsbyAdapter` behind the layers named.
 
-    Args:
-        target_modules: as for `find_linear_layers`; should name the last layer of each block's
-            attention and of its feed-forward part, as the default does for Llama and its kin.
-
-    Returns the names of the layers.
+    `target_modules` should name the last layer of each block's attention and of its feed-forward
+    part, as the default does for Llama and its kin. Returns the names of the layers.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
@@ -165,13 +112,17 @@ def add_houlsby(
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
     22
     """
+    return _wrap(model, target_modules, lambda linear: HoulsbyAdapter(linear, bottleneck))
+
+
+def _wrap(
+    model: nn.Module, target_modules: str | Sequence[str], adapt: Callable[[Any], nn.Module]
+) -> list[str]:
     refuse_adapters(model)
     names = find_linear_layers(model, target_modules)
-    layers = [HoulsbyAdapter(model.get_submodule(name), bottleneck) for name in names]
+    layers = {name: adapt(model.get_submodule(name)) for name in names}
     model.requires_grad_(False)
-    for name, layer in zip(names, layers, strict=True):
-        layer.down.requires_grad_()
-        layer.up.requires_grad_()
+    for name, layer in layers.items():
         replace_module(model, name, layer)
     return names
 
@@ -188,25 +139,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List the tensors of an adapter, trained biases included, by PEFT's names; nothing is copied.
+    """List the tensors of an adapter, by PEFT's names; nothing is copied.
 
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> _ = add_lora(model, r=2, lora_alpha=4)
     >>> {name: tuple(tensor.shape) for name, tensor in adapter_tensors(model).items()}
     {'base_model.model.0.lora_A.weight': (2, 8), 'base_model.model.0.lora_B.weight': (8, 2)}
     """
-    layers = lora_layers(model)
-    tensors = {
+    return {
         f"{PEFT_PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
-        for name, layer in layers.items()
-        for part in _PARTS
+        for name, layer in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
     }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and _is_one_of(name, ["bias"]):
-            owner = name.removesuffix(".bias").removesuffix(".base")
-            kept_as = "base_layer.bias" if owner in layers else "bias"
-            tensors[f"{PEFT_PREFIX}{owner}.{kept_as}"] = parameter.detach()
-    return tensors
 
 
 @torch.no_grad()
@@ -215,20 +159,14 @@ def load_adapters(
 ) -> None:
     """Copy an adapter under PEFT's names into the adapted layers of `model`: all of it, or none.
 
-    Loading again swaps one adapter for another.
+    Loading again swaps one adapter for another. `allow_untrained` takes one whose `B` are all zero.
 
-    `allow_untrained` takes an adapter whose `B` are all zero, too.
-
-    Raises:
-        LoRAError: a tensor is missing, left over, of another shape or no floating one: a
-            list in the message, all of them in its `tensors`.
-        LoRAError: there is no tensor at all, one holds NaN or infinity, or every `B` is zero.
-        LoRAError: a layer is merged, or the model has no adapted layer.
+    Raises `LoRAError` as `check_tensors` does, or if no layer is adapted, or one is merged.
     """
-    own = adapter_tensors(model)
+    layers, own = lora_layers(model), adapter_tensors(model)
     if not own:
         raise LoRAError("the model has no adapted layer; call add_lora first")
-    merged = [n for n, layer in lora_layers(model).items() if getattr(layer, "merged", False)]
+    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
     if merged:
         raise LoRAError(f"unmerge() before loading: {_list(merged)} hold the adapter in the weight")
     check_tensors(own, tensors, allow_untrained=allow_untrained)
@@ -239,33 +177,25 @@ def load_adapters(
 def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Refuse an adapter `tensors` that is not whole, sound, trained, and made for `own`.
-
-    `own` are the tensors that the model has places for; `load_adapters` raises the same errors.
-    """
+    """Refuse an adapter that is not whole, finite, trained, and made for the tensors `own`."""
     if not tensors:
         raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
-    faults = {name: f"{name} is missing from the adapter" for name in own if name not in tensors}
-    faults |= {name: f"{name} is not a tensor of this model" for name in tensors if name not in own}
-    faults |= {
-        name: f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(mine.shape)}"
-        for name, mine in own.items()
-        if name in tensors and tensors[name].shape != mine.shape
-    }
-    faults |= {
-        name: f"{name} holds {tensor.dtype}, which is no floating dtype"
-        for name, tensor in tensors.items()
-        if name not in faults and not tensor.is_floating_point()
-    }
+    faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in own:
+            faults.append(f"{name} is not a tensor of this model")
+        elif tensor.shape != (needed := own[name].shape):
+            found = tuple(tensor.shape)
+            faults.append(f"{name} has shape {found}, the model needs {tuple(needed)}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{name} holds {tensor.dtype}, which is no floating dtype")
+        elif not tensor.isfinite().all():
+            faults.append(f"{name} holds NaN or infinity")
     if faults:
         raise LoRAError(
-            f"{len(faults)} tensors do not fit: {_list(faults.values())}. Use the base model, "
-            "the target modules and the rank that the adapter was trained with",
-            faults,
+            f"{len(faults)} tensors do not fit: {_list(faults)}. Use the base model, the target "
+            "modules and the rank that the adapter was trained with"
         )
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise LoRAError(f"NaN or infinity in {_list(bad)}: the adapter is damaged")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name
     ):
@@ -279,41 +209,16 @@ def remove_adapters(model: nn.Module) -> None:
     """Put what was adapted back in the place of every `LoRALinear` and `HoulsbyAdapter`.
 
     The adapter is lost. A `QLoRALinear` stays: the weight that it was made from is gone.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8))
-    >>> _ = add_lora(model, r=2, lora_alpha=4)
-    >>> remove_adapters(model)
-    >>> model
-    Sequential(
-      (0): Linear(in_features=8, out_features=8, bias=True)
-    )
     """
-    adapted = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear | HoulsbyAdapter)
-    ]
-    for name, layer in adapted:
-        replace_module(model, name, layer.base)
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear | HoulsbyAdapter):
+            replace_module(model, name, module.base)
 
 
 def _is_one_of(name: str, endings: Sequence[str]) -> bool:
-    return any(_ends_in(name, ending) for ending in endings)
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _why_not(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if kind == "Conv1D":
-        return (
-            "Conv1D (GPT-2) keeps its weight as [in, out], the other way round from nn.Linear; "
-            "this course does not support it, PEFT does (fan_in_fan_out=True)"
-        )
-    return f"{kind} is not a plain nn.Linear"
-
-
-def _list(items: Iterable[str]) -> str:
-    items = list(items)
+def _list(items: Sequence[str]) -> str:
     rest = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return "; ".join(items[:LISTED]) + rest

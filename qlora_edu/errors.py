@@ -16,7 +16,7 @@ error that fits, for code which knows nothing of this course.
 | this machine | `NotReadyError` |
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,6 @@ class QuantizationError(QloraError, ValueError):
 
 class LoRAError(QloraError, ValueError):
     """An adapter was asked for, loaded or merged in a way that cannot work."""
-
-    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.tensors = tuple(tensors)  # all that do not fit; the message lists the first
 
 
 class PlanError(QloraError, ValueError):

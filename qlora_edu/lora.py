@@ -1,10 +1,9 @@
 """Chapter 4: LoRA, which leaves the weight alone and learns a small change beside it.
 
-Fine-tuning turns a weight `W` into `W + ΔW`. LoRA bets that `ΔW` needs only a few directions,
-so it is written as the product of two thin matrices: `ΔW = (α/r) · B · A`, where `A` is
-`[r, in]`, `B` is `[out, r]` and the rank `r` is small. Only `A` and `B` are trained.
-`A` starts random and `B` starts at zero, so the adapted layer begins as exactly the layer it
-wraps. Dividing `α` by `r` keeps the size of the change about the same when `r` is varied.
+Fine-tuning turns a weight `W` into `W + ΔW`. LoRA bets that `ΔW` needs only a few directions, so it
+is written as the product of two thin matrices: `ΔW = (α/r) · B · A`, where `A` is `[r, in]`, `B` is
+`[out, r]` and the rank `r` is small. Only `A` and `B` are trained. `A` starts random and `B` at
+zero, so the adapted layer begins as exactly the layer it wraps.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
 """
@@ -20,9 +19,7 @@ from qlora_edu.errors import LoRAError
 
 
 def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Split a matrix into two thin ones whose product is as near to it as rank `r` allows.
-
-    Takes `[out, in]`; returns `B` `[out, r]` and `A` `[r, in]`.
+    """Split `[out, in]` into `B` `[out, r]` and `A` `[r, in]`, whose product is the nearest.
 
     Source: Eckart and Young (1936): the truncated singular value decomposition.
 
@@ -36,9 +33,7 @@ def low_rank_factors(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def energy_kept(singular_values: Tensor) -> Tensor:
-    """Measure the share of the sum of squares that the first 1, 2, 3 … directions hold.
-
-    Takes `[n]`, descending; returns float64 `[n]`, of which the last is 1.
+    """Share of the sum of squares that the first 1, 2, 3 … of `[n]` hold; float64 `[n]`.
 
     >>> energy_kept(torch.tensor([3.0, 1.0])).tolist()
     [0.9, 1.0]
@@ -50,22 +45,14 @@ def energy_kept(singular_values: Tensor) -> Tensor:
 class LoRALayer(nn.Module):
     """The adapter itself, `x -> (α/r) · B · A · dropout(x)`; the layers that use it add a base.
 
-    `lora_A` is `[r, in_features]` and `lora_B` is `[out_features, r]`: the parameters PEFT calls
-    `lora_A.weight` and `lora_B.weight`.
+    `lora_A` is `[r, in_features]`, `lora_B` is `[out_features, r]`, both of `dtype` on `device`.
 
     Args:
-        in_features, out_features: the shape of `ΔW`.
-        r: the rank.
+        r: the rank. One above `min(in, out)` adds parameters and no freedom.
         lora_alpha: α; the product is scaled by `α/r`.
         lora_dropout: the probability that an entry of the adapter's input is dropped in training.
-        init: "kaiming" draws `A` as `nn.Linear` draws its weight (uniform within ±1/√in, PEFT's
-            default); "gaussian" from a normal distribution of standard deviation `1/r` (PEFT's
-            `init_lora_weights="gaussian"`).
-        device, dtype: of `A` and `B`.
 
-    Raises:
-        LoRAError: a rank below 1, an alpha that is not positive and finite, a dropout outside
-            [0, 1), or an unknown `init`.
+    Raises `LoRAError` for a setting that is out of range.
     """
 
     def __init__(
@@ -75,46 +62,30 @@ class LoRALayer(nn.Module):
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
-        init: str = "kaiming",
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise LoRAError(f"the rank r must be a whole number of at least 1, not {r!r}")
-        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
+        numbers = isinstance(lora_alpha, int | float) and isinstance(lora_dropout, int | float)
+        whole = type(r) is int and r >= 1
+        if not (whole and numbers and 0 < lora_alpha < math.inf and 0 <= lora_dropout < 1):
             raise LoRAError(
-                f"lora_alpha must be positive and finite, not {lora_alpha!r}; r itself scales by 1"
+                "the rank r must be a whole number of at least 1, lora_alpha positive and finite, "
+                f"lora_dropout in [0, 1); not {r=}, {lora_alpha=}, {lora_dropout=}"
             )
-        if not 0 <= lora_dropout < 1:
-            raise LoRAError(
-                f"lora_dropout is a probability in [0, 1), not {lora_dropout!r}; 0 turns it off"
-            )
-        if init not in ("kaiming", "gaussian"):
-            raise LoRAError(f"unknown init {init!r}; choose 'kaiming' or 'gaussian'")
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.lora_alpha, self.init = r, lora_alpha, init
+        self.r, self.lora_alpha = r, lora_alpha
         self.scaling = lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw `A` afresh and set `B` to zero, so that `ΔW` is zero again."""
-        if self.init == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        else:
-            nn.init.normal_(self.lora_A, std=1 / self.r)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # within ±1/√in, as nn.Linear's
         nn.init.zeros_(self.lora_B)
 
     def low_rank_update(self, x: Tensor) -> Tensor:
-        """Compute what the adapter adds for `x` `[..., in]`: `[..., out]`, in its own dtype.
-
-        The two thin products are taken one after the other; `ΔW` is never formed. The scaling
-        acts between them, where a token has only `r` numbers.
-        """
+        """Compute what the adapter adds for `x` `[..., in]`: `[..., out]`, in its own dtype."""
+        # ΔW is never formed; the scaling acts where a token has only r numbers.
         x = self.lora_dropout(x.to(self.lora_A.dtype))
         return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
@@ -125,20 +96,16 @@ class LoRALayer(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Refuse, by `LoRAError`, what is no floating-point `[..., in_features]`."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise LoRAError(
-                f"the input has shape {tuple(x.shape)}, but the last dimension must be "
-                f"{self.in_features}"
+                f"the input is {x.dtype} of shape {tuple(x.shape)}; the last dimension must be "
+                f"{self.in_features}, the dtype a floating-point one"
             )
-        if not x.is_floating_point():
-            raise LoRAError(f"the input must be a floating-point tensor, not {x.dtype}")
 
     def extra_repr(self) -> str:
-        """Shapes and settings, shown when the layer is printed."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"r={self.r}, lora_alpha={self.lora_alpha}"
-        )
+        """What `print` shows of the layer."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, r={self.r}, lora_alpha={self.lora_alpha}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # torch would load what fits and report the rest at the end; nothing here is half-loaded.
@@ -146,36 +113,25 @@ class LoRALayer(nn.Module):
             loaded = state_dict.get(prefix + name)
             if loaded is None:
                 continue
-            if loaded.shape != parameter.shape:
+            if loaded.shape != parameter.shape or not loaded.isfinite().all():
                 raise LoRAError(
-                    f"{prefix + name} has shape {tuple(loaded.shape)} in the state dict, but this "
-                    f"layer (r={self.r}) needs {tuple(parameter.shape)}; build the layer with the "
-                    "rank and the base model that the file was made with"
+                    f"{prefix + name} has shape {tuple(loaded.shape)} in the state dict; this "
+                    f"layer (r={self.r}) needs {tuple(parameter.shape)}, without NaN or infinity"
                 )
-            if name.startswith("lora_") and not loaded.isfinite().all():
-                raise LoRAError(f"{prefix + name} in the state dict holds NaN or infinity")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` with a trainable low-rank change beside it: `base(x) + ΔW·x`.
 
-    The adapter is float32, or float64 for a float64 base: a bfloat16 parameter would lose most of
-    its small training steps to rounding. `x` is `[..., in]` in the base's dtype; the output is
-    `[..., out]` in the same dtype.
-
-    Args:
-        linear: the base; it is kept (not copied) as `base`, and frozen, bias included.
-        r: the rank. One above `min(in, out)` is allowed, as in PEFT, but adds parameters and no
-            freedom.
-        lora_alpha, lora_dropout, init: as for `LoRALayer`.
+    `x` is `[..., in]` in the base's dtype, the output `[..., out]` in the same. `linear` is kept as
+    `base`, and frozen, bias included. The adapter is float32 or wider: a bfloat16 parameter would
+    lose most of its small steps to rounding.
 
     Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
     >>> base = nn.Linear(4, 3, bias=False)
     >>> layer = LoRALinear(base, r=2, lora_alpha=4)
-    >>> layer.scaling, tuple(layer.lora_A.shape), tuple(layer.lora_B.shape)
-    (2.0, (2, 4), (3, 2))
     >>> x = torch.ones(5, 4)
     >>> torch.equal(layer(x), base(x))  # B is zero: nothing has changed yet
     True
@@ -186,29 +142,15 @@ class LoRALinear(LoRALayer):
     unmerged_weight: Tensor | None
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        init: str = "kaiming",
+        self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0
     ) -> None:
         # A subclass may hold its weight in another form (bitsandbytes' Linear4bit packs it).
         if type(linear) is not nn.Linear:
-            raise LoRAError(
-                f"LoRALinear wraps a torch.nn.Linear, not a {type(linear).__name__}; "
-                "for a quantised weight use QLoRALinear"
-            )
-        super().__init__(
-            linear.in_features,
-            linear.out_features,
-            r,
-            lora_alpha,
-            lora_dropout,
-            init,
-            device=linear.weight.device,
-            dtype=torch.promote_types(linear.weight.dtype, torch.float32),
-        )
+            kind = type(linear).__name__
+            raise LoRAError(f"LoRALinear wraps a plain nn.Linear, not a {kind}; see QLoRALinear")
+        shape, weight = (linear.in_features, linear.out_features), linear.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        super().__init__(*shape, r, lora_alpha, lora_dropout, device=weight.device, dtype=dtype)
         self.base = linear.requires_grad_(False)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_state_dict_post_hook(_save_the_unmerged_weight)
@@ -230,19 +172,17 @@ class LoRALinear(LoRALayer):
     def merge(self) -> None:
         """Put `W + ΔW` into `base.weight`, rounded once to its dtype: no extra cost to infer.
 
-        The old `W` is kept until `unmerge`, because `(W + ΔW) - ΔW` is not `W` in floating
-        point; so a merged layer holds two weights. For a lasting merge, keep `layer.base` alone.
+        The old `W` is kept until `unmerge`, because `(W + ΔW) - ΔW` is not `W` in floating point.
         `A` and `B` get no gradient while the layer is merged.
 
-        Raises `LoRAError`, with `base.weight` unchanged, if merged already, or not finite.
+        Raises `LoRAError` if merged already or not finite; `base.weight` is then unchanged.
         """
         if self.merged:
             raise LoRAError("the adapter is already merged; call unmerge() before merging again")
         merged = (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
         if not merged.isfinite().all():
             raise LoRAError(
-                "merging would write NaN or infinity into the weight, which is left unchanged; "
-                "look for them in lora_A, lora_B and base.weight"
+                "merging would write NaN or infinity: look for them in lora_A, lora_B, base.weight"
             )
         self.unmerged_weight = self.base.weight.data
         self.base.weight.data = merged
@@ -253,10 +193,6 @@ class LoRALinear(LoRALayer):
             raise LoRAError("the adapter is not merged; call merge() first")
         self.base.weight.data = self.unmerged_weight
         self.unmerged_weight = None
-
-    def extra_repr(self) -> str:
-        """Shapes and settings, shown when the layer is printed."""
-        return super().extra_repr() + f", merged={self.merged}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
@@ -276,15 +212,8 @@ class HoulsbyAdapter(nn.Module):
     """The older rival of LoRA: a small network *behind* a frozen layer, `h + U · gelu(D · h)`.
 
     `h` is the output of `base`; `down` (`D`, `[bottleneck, out]`) and `up` (`U`,
-    `[out, bottleneck]`), both with a bias, are trained. `U` and its bias start at zero, so the
-    layer begins as its base (Houlsby starts near zero: a normal of standard deviation 0.01). In a
-    transformer it stands behind each block's attention and behind its feed-forward part. Between
-    `D` and `U` lies a bend, so it cannot be merged into `base`: it costs time at every use.
-
-    Args:
-        base: a module whose output is `[..., out_features]`; it is frozen.
-        out_features: the width of that output; by default `base.out_features`.
-        bottleneck: the inner width, `m` in the paper; `2·m·out + m + out` parameters.
+    `[out, bottleneck]`) are trained, both with a bias. `U` and its bias start at zero, so the layer
+    begins as its base. Between `D` and `U` lies a bend, so it cannot be merged into `base`.
 
     Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
 
@@ -293,23 +222,14 @@ class HoulsbyAdapter(nn.Module):
     >>> x = torch.ones(5, 4)
     >>> torch.equal(adapter(x), base(x))
     True
-    >>> sum(p.numel() for p in adapter.parameters() if p.requires_grad)  # 2·2·6 + 2 + 6
-    32
     """
 
-    def __init__(self, base: nn.Module, bottleneck: int, out_features: int | None = None) -> None:
+    def __init__(self, base: nn.Linear, bottleneck: int) -> None:
         super().__init__()
-        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-            raise LoRAError(
-                f"the bottleneck must be a whole number of at least 1, not {bottleneck!r}"
-            )
-        width = out_features if out_features is not None else getattr(base, "out_features", None)
-        if width is None:
-            raise LoRAError(
-                f"{type(base).__name__} does not say how wide its output is; pass out_features"
-            )
+        if type(bottleneck) is not int or bottleneck < 1:
+            raise LoRAError(f"bottleneck must be a whole number of at least 1, not {bottleneck!r}")
         self.base = base.requires_grad_(False)
-        like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+        width, like = base.out_features, base.weight
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.down = nn.Linear(width, bottleneck, device=like.device, dtype=dtype)
         self.up = nn.Linear(bottleneck, width, device=like.device, dtype=dtype)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qlora_edu.errors import PagingError
 from qlora_edu.files.host_tier import (
-    NEVER_PAGED,
     OPTIONS,
     HostTierAdamW,
     check_budget,
@@ -38,8 +37,7 @@ def adamw_update(
 ) -> None:
     """One step of AdamW, in place, on any slice of a parameter and of its two states.
 
-    All four tensors have one shape and dtype; `step` counts from 1. The update needs one scratch
-    tensor of their shape, half a page.
+    All four tensors have one shape and dtype; `step` counts from 1.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the operations of
     `torch.optim.AdamW(foreach=False)`, so that rounding is the same.
@@ -120,9 +118,6 @@ class Page(NamedTuple):
 def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
     """Cut both states of one parameter, `[2, n]`, into pages of at most `page_bytes`.
 
-    Raises:
-        PagingError: a page has no room for one element's two states.
-
     >>> [page.columns for page in cut_into_pages(torch.zeros(2, 3), page_bytes=16)]
     [slice(0, 2, None), slice(2, 3, None)]
     """
@@ -139,21 +134,18 @@ class PagedAdamW(HostTierAdamW):
     """AdamW that keeps `budget_bytes` of its states at hand, and the rest where there is room.
 
     The host tier is pinned memory for CUDA parameters, and a nameless temporary file for those of a
-    CPU. Besides the frames, a step takes scratch of half a page, and a copy of a parameter or
-    gradient that is not contiguous. Results equal `torch.optim.AdamW(foreach=False)`, but for what
-    torch itself does not keep between the body and the tail of a tensor: the payload of a NaN, and
-    for β₁ = 0 the sign of a zero in `exp_avg`.
+    CPU. Besides the frames, a step takes scratch of half a page. Results equal
+    `torch.optim.AdamW(foreach=False)`, but for what torch itself does not keep between the body and
+    the tail of a tensor: the payload of a NaN, and for β₁ = 0 the sign of a zero in `exp_avg`.
 
     Args:
-        params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; all parameters on one
-            device, trained, and in float32, bfloat16, float16 or float64.
+        params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; floats on one device.
         budget_bytes: of the device tier, which has `budget_bytes // page_bytes` frames.
         page_bytes: moved at a time: both states of up to `page_bytes / 2` bytes of a parameter.
         folder: where the file goes; by default where `tempfile` puts files.
 
-    Raises:
-        PagingError: a budget below one page, or what the plain update would have to ignore.
-        PagingError: no room for the states. In every case nothing has been changed.
+    Raises `PagingError`, with nothing changed, where the plain update would have to ignore
+    something, or there is no room.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Paged Optimizers".
 
@@ -183,7 +175,7 @@ class PagedAdamW(HostTierAdamW):
         self.frames: list[Tensor] = []
         self.pages: list[Page] = []
         self._pages_of: dict[Tensor, range] = {}  # of each parameter: the numbers of its pages
-        super().__init__(params, lr, betas, eps, weight_decay, folder)
+        super().__init__(params, folder, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @property
     def device_bytes(self) -> int:
@@ -191,7 +183,6 @@ class PagedAdamW(HostTierAdamW):
         return sum(frame.untyped_storage().nbytes() for frame in self.frames)
 
     def _admit(self, host_states: dict[Tensor, Tensor]) -> None:
-        """Cut the states of new parameters into pages; add frames while there are more pages."""
         cut = {p: cut_into_pages(states, self.page_bytes) for p, states in host_states.items()}
         count = len(self.pages) + sum(len(pages) for pages in cut.values())
         missing = range(len(self.frames), min(self.table.frames, count))
@@ -203,11 +194,7 @@ class PagedAdamW(HostTierAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, page by page; return what `closure` returns.
-
-        Raises:
-            PagingError: for a sparse gradient and the like, before anything is changed.
-        """
+        """Update what has a gradient, page by page, or raise `PagingError` and change nothing."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -234,12 +221,10 @@ class PagedAdamW(HostTierAdamW):
             yield self._view(number, frame)
 
     def _view(self, number: int, frame: int) -> Tensor:
-        """The place of a page in a frame, `[2, elements]` in the dtype of its parameter."""
         host = self.pages[number].host
         return self.frames[frame][: host.nbytes].view(host.dtype).view(host.shape)
 
     def _update(self, parameter: Tensor, group: dict[str, Any], visits: Iterator[Tensor]) -> None:
-        """Take one parameter through AdamW; its pages are the next of `visits`."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -261,15 +246,3 @@ class PagedAdamW(HostTierAdamW):
     def _forget_frames(self) -> None:
         """Read every page anew: what the host tier holds has been replaced."""
         self.table = PageTable(self.table.frames)
-
-
-def pages_in_bitsandbytes(parameters: Iterable[Tensor]) -> list[bool]:
-    """Which parameters' states the paged optimizers of bitsandbytes put in managed memory.
-
-    Those with `NEVER_PAGED` elements or more, whatever their bytes (8-bit states, too); on a CPU
-    none, with a warning. Source: `Optimizer8bit.get_state_buffer` of bitsandbytes.
-
-    >>> pages_in_bitsandbytes([torch.empty(16, 4096), torch.empty(32, 4096)])  # A for r = 16, 32
-    [False, True]
-    """
-    return [parameter.numel() >= NEVER_PAGED for parameter in parameters]

@@ -108,7 +108,7 @@ class QLoRALinear(LoRALayer):
     Args:
         linear: an `nn.Linear`, which is quantised here and left as it is, or a weight that is
             quantised already.
-        r, lora_alpha, lora_dropout, init: as for `LoRALinear`.
+        r, lora_alpha, lora_dropout: as for `LoRALinear`.
         compute_dtype: as for `quantized_linear`.
         bias: `[out]`, beside a weight that is quantised already.
         quantization: `levels`, `blocksize` and `double_quant` of `quantize`, for an `nn.Linear`.
@@ -138,7 +138,6 @@ class QLoRALinear(LoRALayer):
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
-        init: str = "kaiming",
         *,
         compute_dtype: torch.dtype | None = None,
         bias: Tensor | None = None,
@@ -149,7 +148,7 @@ class QLoRALinear(LoRALayer):
             raise LoRAError(f"compute_dtype must be a floating-point dtype, not {compute_dtype}")
         out_features, in_features = weight.shape
         super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, init, device=weight.device
+            in_features, out_features, r, lora_alpha, lora_dropout, device=weight.device
         )
         self.compute_dtype = compute_dtype
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -90,15 +89,6 @@ def test_the_names_are_those_of_a_qlora_model_too():
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter_tensors(qlora).items())
 
 
-def test_a_trained_bias_of_a_quantised_layer_has_peft_s_name():
-    model = make("Qwen2")
-    replace_linear_layers(model, r=4, lora_alpha=8, target_modules=["q_proj"])
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.bias.requires_grad_()
-    key = f"{PEFT_PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias"
-    assert torch.equal(adapter_tensors(model)[key], layer.bias)
-
-
 # Swapping
 
 
@@ -182,22 +172,6 @@ def test_another_rank_lists_the_tensors():
         load_adapters(model, trained_tensors(other))
     assert str(error.value).startswith("28 tensors do not fit: ")
     assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
-    assert error.value.tensors == tuple(adapter_tensors(model))
-
-
-def test_a_mismatch_has_the_names_of_all_kinds_and_survives_pickling():
-    model = make("Llama")
-    add_lora(model, r=4, lora_alpha=8)
-    tensors = trained_tensors(model)
-    shorter = tensors.pop(LAST)
-    names = list(tensors)
-    tensors[names[0]] = shorter
-    tensors["zz.lora_A"] = shorter
-    with pytest.raises(LoRAError) as error:
-        load_adapters(model, tensors)
-    assert sorted(error.value.tensors) == sorted([LAST, "zz.lora_A", names[0]])
-    again = pickle.loads(pickle.dumps(error.value))
-    assert (str(again), again.tensors) == (str(error.value), error.value.tensors)
 
 
 def test_an_untrained_adapter_loads_if_that_is_said():
@@ -208,13 +182,6 @@ def test_an_untrained_adapter_loads_if_that_is_said():
     load_adapters(model, fresh, allow_untrained=True)
     assert not any(tensor.any() for name, tensor in fresh.items() if "lora_B" in name)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in adapter_tensors(model).items())
-
-
-def test_a_trained_bias_alone_is_no_untrained_adapter():
-    model = make("Qwen2")
-    add_lora(model, r=4, lora_alpha=8, bias="lora_only")
-    tensors = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
-    load_adapters(model, tensors)  # B is zero, but the biases say something
 
 
 def test_loading_into_a_merged_layer_is_refused():
@@ -240,7 +207,6 @@ WAYS_TO_ADD = {
         model, r=4, lora_alpha=8, target_modules="up_proj"
     ),
 }
-WAYS_OUT = {"LoRA": "remove_adapters", "Houlsby": "remove_adapters", "QLoRA": "load the base"}
 
 
 @pytest.mark.parametrize("second", WAYS_TO_ADD)
@@ -249,7 +215,7 @@ def test_a_second_adapter_is_refused_and_the_first_stays_as_it_is(first, second)
     model = make("Llama")
     names = WAYS_TO_ADD[first](model)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    says = rf"{len(names)} adapted layers.*{names[0]}.*{WAYS_OUT[first]}"
+    says = rf"{len(names)} adapted layers.*{names[0]}.*remove_adapters.*4 bits"
     with pytest.raises(LoRAError, match=says):
         WAYS_TO_ADD[second](model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
@@ -264,7 +230,7 @@ def test_a_model_that_peft_has_adapted_is_refused():
 
     with quiet():
         model = get_peft_model(make("Llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(LoRAError, match=r"2 adapted layers.*PEFT's.*unload"):
+    with pytest.raises(LoRAError, match=r"2 adapted layers.*q_proj.*unload"):
         add_lora(model, r=4, lora_alpha=8)
 
 
@@ -280,31 +246,24 @@ def test_names_may_have_commas_between_and_spaces_around_them(targets):
 
 @pytest.mark.parametrize("targets", ["", [], " , "])
 def test_no_target_at_all_is_refused(targets):
-    with pytest.raises(LoRAError, match="names no layer.*'q_proj'"):
+    with pytest.raises(LoRAError, match=r"called \[\].*'q_proj'"):
         find_linear_layers(make("Llama"), targets)
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", ["c_attn"]])
 def test_conv1d_of_gpt2_is_refused_in_clear_words(target_modules):
     model = make("GPT-2")
-    with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
+    with pytest.raises(LoRAError, match=r"Conv1D.*PEFT can adapt it"):
         add_lora(model, r=4, lora_alpha=8, target_modules=target_modules)
-    with pytest.raises(LoRAError, match=r"Conv1D.*does not support"):
+    with pytest.raises(LoRAError, match=r"Conv1D.*PEFT can adapt it"):
         replace_linear_layers(model, r=4, lora_alpha=8, target_modules=target_modules)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_reasons_against_gpt2_do_not_blame_a_plain_linear_layer():
-    with pytest.raises(LoRAError, match="Conv1D") as error:
-        find_linear_layers(make("GPT-2"))
-    assert "LayerNorm is not a plain nn.Linear" in str(error.value)
-    assert "; Linear is not" not in str(error.value)
-
-
 def test_where_every_linear_layer_is_left_out_the_reason_says_so():
-    with pytest.raises(LoRAError, match="all are left out"):
+    with pytest.raises(LoRAError, match="no nn.Linear to adapt"):
         find_linear_layers(nn.Sequential(nn.Linear(4, 4)), skip=["0"])
-    with pytest.raises(LoRAError, match="no weights"):
+    with pytest.raises(LoRAError, match="no weight"):
         find_linear_layers(nn.Sequential(nn.ReLU()))
 
 
@@ -323,19 +282,3 @@ def test_all_linear_is_what_peft_takes_it_to_be(architecture):
 def test_a_target_that_is_nowhere_is_named_with_what_there_is():
     with pytest.raises(LoRAError, match=r"\['q_prj'\].*'q_proj'"):
         add_lora(make("Llama"), r=4, lora_alpha=8, target_modules=["q_prj", "v_proj"])
-
-
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_the_biases_that_are_trained_are_those_of_peft(bias):
-    from peft import LoraConfig, get_peft_model
-
-    ours = make("Qwen2")
-    add_lora(ours, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias=bias)
-    with quiet():
-        config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias=bias)
-        theirs = get_peft_model(make("Qwen2"), config)
-
-    def trained(model):
-        return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad)
-
-    assert trained(ours) == trained(theirs)

@@ -26,7 +26,6 @@ from qlora_edu.paging import (
     PagedAdamW,
     PageTable,
     adamw_update,
-    pages_in_bitsandbytes,
 )
 
 KINDS = (PagedAdamW, PrefetchingPagedAdamW, partial(PrefetchingPagedAdamW, prefetch=False))
@@ -543,13 +542,16 @@ def test_after_an_error_everything_goes_on_as_before(monkeypatch):
     complex_number = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     refused = [
         ({"params": [known]}, ValueError, "more than one parameter group"),
-        ({"params": [frozen]}, PagingError, "is frozen"),
-        ({"params": [elsewhere]}, PagingError, "one optimizer per device"),
+        ({"params": [frozen]}, PagingError, "requires_grad=False"),
+        ({"params": [elsewhere]}, PagingError, "on meta.*all on cpu"),
         ({"params": [complex_number]}, PagingError, "complex64"),
-        ({"lr": torch.tensor(1.0)}, PagingError, "lr must be a plain number"),
-        ({"betas": (0.9, torch.tensor(0.9))}, PagingError, "betas must be"),
-        *[({name: True}, PagingError, f"no {name}") for name in host_tier.UNSUPPORTED],
-        ({}, PagingError, r"64 bytes .* \(No space left on device"),
+        ({"lr": torch.tensor(1.0)}, PagingError, "lr.*plain numbers"),
+        ({"betas": (0.9, torch.tensor(0.9))}, PagingError, "betas.*plain numbers"),
+        *[
+            ({name: True}, PagingError, f"cannot do .*{name}.: True")
+            for name in host_tier.UNSUPPORTED
+        ],
+        ({}, PagingError, r"64 bytes .* \(.*No space left on device"),
     ]
     break_disk(monkeypatch)
     for group, error, message in refused:
@@ -572,11 +574,11 @@ def test_after_an_error_everything_goes_on_as_before(monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"budget_bytes": 100, "page_bytes": 101}, "no room for one page of 101"),
+        ({"budget_bytes": 100, "page_bytes": 101}, "page_bytes=101"),
         ({"budget_bytes": 0, "page_bytes": 0}, "whole number"),
         ({"budget_bytes": 1e6}, "whole number"),
         ({"budget_bytes": 100, "page_bytes": 7}, "needs 8 bytes"),
-        ({"budget_bytes": 100}, "1,048,576"),
+        ({"budget_bytes": 100}, "page_bytes=1048576"),
     ],
 )
 def test_a_budget_below_one_page_is_refused(settings, message):
@@ -592,12 +594,6 @@ def test_a_budget_below_one_page_is_refused(settings, message):
 def test_torchs_own_checks_hold(name):
     with pytest.raises(ValueError, match="Invalid"):
         PagedAdamW(make_parameters(5), **{name: -1.0}, budget_bytes=64, page_bytes=64)
-
-
-def test_a_parameter_twice_is_refused():
-    (p,) = make_parameters(5)
-    with pytest.raises(PagingError, match="twice"), pytest.warns(UserWarning):
-        PagedAdamW([p, p], budget_bytes=64, page_bytes=64)
 
 
 def break_gradient(p: nn.Parameter, how: str) -> None:
@@ -713,17 +709,17 @@ def spoil(saved: dict, how: str) -> None:
 
 
 SPOILT = {
-    "shape": r"exp_avg_sq of parameter 1 is \(20, 15\) .* the shape \(300,\)",
-    "key": "parameter 1 has .*'exp_avg_sq', 'step'",
+    "shape": r"state 1 holds .*'exp_avg_sq': \(20, 15\).* not .*'exp_avg_sq': \(300,\)",
+    "key": "state 1 holds",
     "amsgrad state": "max_exp_avg_sq",
-    "no tensor": "exp_avg of parameter 1 is None",
-    "group size": r"groups of \[1\] parameters, the optimizer of \[2\]",
+    "no tensor": "'exp_avg': None",
+    "group size": r"groups of \[1\] parameters were saved, the optimizer has \[2\]",
     "groups": r"groups of \[2, 0\]",
-    "stranger": "a state 7 of no parameter",
-    "no lr": "has no .'lr'",
-    "amsgrad": "no amsgrad",
-    "tensor lr": "plain number",
-    "step": "step of parameter 1 is None",
+    "stranger": "state 7 .*no such parameter",
+    "no lr": "'lr': None",
+    "amsgrad": "cannot do .'amsgrad'",
+    "tensor lr": "plain numbers",
+    "step": "'step': None",
 }
 
 
@@ -798,7 +794,7 @@ def test_an_update_is_seen_by_autograd():
         loss.backward()
 
 
-def test_pages_in_bitsandbytes_are_those_of_its_source(monkeypatch):
+def test_bitsandbytes_pages_the_sizes_that_are_said_here(monkeypatch):
     """Its own function decides; tensors on the meta device stand in for a GPU's."""
     from bitsandbytes import functional
     from bitsandbytes.optim import PagedAdamW as Theirs
@@ -817,5 +813,5 @@ def test_pages_in_bitsandbytes_are_those_of_its_source(monkeypatch):
         theirs.get_state_buffer(torch.empty(n, device="meta"))
     theirs.page_mng.paged_tensors.clear()
     expected = [n in paged for n in sizes]
-    assert pages_in_bitsandbytes([torch.empty(n, device="meta") for n in sizes]) == expected
+    assert [n >= host_tier.NEVER_PAGED for n in sizes] == expected
     assert expected == [False, False, False, True, True]

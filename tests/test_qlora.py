@@ -468,7 +468,6 @@ def test_every_setting_is_passed_on():
         4,
         16,
         0.1,
-        "gaussian",
         compute_dtype=torch.bfloat16,
         levels="fp4",
         blocksize=128,
@@ -476,7 +475,7 @@ def test_every_setting_is_passed_on():
     )
     weight = layer.weight
     assert (weight.levels_name, weight.blocksize, weight.double_quant) == ("fp4", 128, False)
-    assert (layer.r, layer.scaling, layer.lora_dropout.p, layer.init) == (4, 4.0, 0.1, "gaussian")
+    assert (layer.r, layer.scaling, layer.lora_dropout.p) == (4, 4.0, 0.1)
     assert layer.compute_dtype == torch.bfloat16 and layer.bias is None
 
 

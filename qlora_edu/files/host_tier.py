@@ -1,13 +1,11 @@
 """Where the pages of chapter 7 wait, what copies them, and what can wait there at all.
 
-The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The copiers move
-pages while something else is computed. The checks refuse, before anything has changed, what a paged
-AdamW would have to ignore.
+The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The checks refuse,
+before anything has changed, what a paged AdamW would have to ignore.
 """
 
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,57 +32,32 @@ UNSUPPORTED = ("amsgrad", "maximize", "foreach", "capturable", "differentiable",
 def reserve_states(
     parameters: list[Tensor], folder: str | os.PathLike | None
 ) -> dict[Tensor, Tensor]:
-    """Zeros in the host tier, `[2, n]`, for both states of every parameter of `n` elements.
-
-    All parameters are on one device, which decides between pinned memory and a file in `folder`.
-
-    Raises:
-        PagingError: there is no room, or no such folder.
-
-    >>> weight = torch.ones(2, 1)
-    >>> reserve_states([weight], folder=None)[weight]
-    tensor([[0., 0.],
-            [0., 0.]])
-    """
+    """Zeros in the host tier, `[2, n]`, for both states of every parameter of `n` elements."""
     if not parameters:
         return {}
     sizes = [-(-2 * p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
-    cuda = parameters[0].device.type == "cuda"
-    host = _pinned_memory(sum(sizes)) if cuda else _file_memory(sum(sizes), folder)
+    host = _reserve(sum(sizes), parameters[0].device.type == "cuda", folder)
     pieces = zip(parameters, host.split(sizes), strict=True)
     return {p: piece[: 2 * p.nbytes].view(p.dtype).view(2, p.numel()) for p, piece in pieces}
 
 
-def _pinned_memory(nbytes: int) -> Tensor:
+def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Tensor:
+    folder = tempfile.gettempdir() if folder is None else folder
     try:
-        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError as error:
-        raise PagingError(
-            f"cannot pin {nbytes:,} bytes for optimizer states ({error}): free some memory"
-        ) from error
-
-
-def _file_memory(nbytes: int, folder: str | os.PathLike | None) -> Tensor:
-    """Zeros in a temporary file without a name, gone with the process even when that is killed.
-
-    The disk space is taken now: a disk that is full later would kill the process in a step.
-    """
-    if nbytes == 0:
-        return torch.zeros(0, dtype=torch.uint8, device="cpu")
-    try:
-        folder = tempfile.gettempdir() if folder is None else folder
+        if pinned or nbytes == 0:
+            return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        # A file without a name is gone with the process even when that is killed.
         with tempfile.TemporaryFile(dir=folder) as file:
             _fill(file, nbytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-    except OSError as error:
-        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else None
-        room = "there is no such folder" if free is None else f"{free:,} bytes are free there"
-        what = f"cannot reserve {nbytes:,} bytes for optimizer states in {folder}"
-        remedy = "pass a folder= that has room and can be written to"
-        raise PagingError(f"{what} ({error.strerror}; {room}): {remedy}") from error
+    except (OSError, RuntimeError) as error:
+        what = f"cannot reserve {nbytes:,} bytes for optimizer states"
+        where = "pinned memory: free some" if pinned else f"{folder}: pass another folder="
+        raise PagingError(f"{what} ({error}) in {where}") from error
 
 
 def _fill(file: Any, nbytes: int) -> None:
+    # The disk space is taken now: a disk that is full later would kill the process in a step.
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
     else:
@@ -96,23 +69,15 @@ def _fill(file: Any, nbytes: int) -> None:
 class HostTierAdamW(torch.optim.AdamW):
     """What `torch.optim.AdamW` is to the outside, with its states in the host tier.
 
-    A subclass says how a step brings them to the device, and what it needs for that (`_admit`);
-    `flush` writes back what is on the device, and `_forget_frames` drops it.
+    A subclass says what new parameters need (`_admit`) and how a step brings states to the device;
+    its `flush` writes back what is there, and `_forget_frames` drops it.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        folder: str | os.PathLike | None,
-    ) -> None:
+    def __init__(self, params: Any, folder: str | os.PathLike | None, **options: Any) -> None:
         self.folder = folder
         self._device: torch.device | None = None
         self._host_states: dict[Tensor, Tensor] = {}  # of each parameter: [2, elements]
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, **options)
 
     @property
     def host_bytes(self) -> int:
@@ -150,10 +115,7 @@ class HostTierAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class or `torch.optim.AdamW` has saved, straight into the host tier.
-
-        A state dict that does not fit is a `PagingError`, and changes nothing.
-        """
+        """Load what `torch.optim.AdamW` or this has saved; what does not fit changes nothing."""
         parameter_of = match_state_dict(state_dict, self.param_groups)
         self.flush()  # a copy that is under way would land on what is loaded
         self._forget_frames()
@@ -165,16 +127,12 @@ class HostTierAdamW(torch.optim.AdamW):
                 continue
             for name, row in zip(STATES, states, strict=True):
                 row.copy_(state[name].reshape(-1))
-            steps[key] = {
-                "step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-            }
+            steps[key] = {"step": state["step"].float().cpu().clone()}
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
     def __getstate__(self) -> None:
-        raise PagingError(
-            "a PagedAdamW cannot be pickled or copied: its states are in a file of its own. Make "
-            "another, and give it state_dict() with load_state_dict()"
-        )
+        remedy = "make another, and give it state_dict() with load_state_dict()"
+        raise PagingError(f"a PagedAdamW has states of its own, and cannot be copied: {remedy}")
 
 
 # What copies them while something else is computed
@@ -193,7 +151,7 @@ class ThreadCopier:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paging")
 
     def adopt(self, frame: Tensor) -> None:
-        """Nothing to do: Python keeps the memory of a copy that is under way."""
+        """Nothing: Python keeps the memory of a copy that is under way."""
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> Future:
         """Start to copy pairs of (destination, source); returns what `wait` takes."""
@@ -219,7 +177,7 @@ class StreamCopier:
         frame.record_stream(self._stream)
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Start to copy pairs of (destination, source); returns what `wait` takes."""
+        """Start to copy those pairs; returns what `wait` takes."""
         # What is written back is computed first, and a frame is overwritten after its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -242,88 +200,64 @@ class StreamCopier:
 
 def check_budget(budget_bytes: int, page_bytes: int) -> None:
     """Refuse a budget that has no room for one page."""
-    for name, value in (("budget_bytes", budget_bytes), ("page_bytes", page_bytes)):
-        if not isinstance(value, int) or value < 1:
-            raise PagingError(f"{name} must be a whole number of bytes, not {value!r}")
-    if budget_bytes < page_bytes:
-        found = f"a budget of {budget_bytes:,} bytes has no room for one page of {page_bytes:,}"
-        raise PagingError(f"{found}: raise budget_bytes or lower page_bytes")
+    whole = isinstance(budget_bytes, int) and isinstance(page_bytes, int)
+    if not whole or not 1 <= page_bytes <= budget_bytes:
+        wanted = "budget_bytes must have room for one page of page_bytes, both whole numbers"
+        raise PagingError(f"{wanted}; not {budget_bytes=}, {page_bytes=}")
 
 
 def check_options(group: dict[str, Any]) -> None:
     """Refuse an option of `torch.optim.AdamW` that the plain update does not have."""
-    for name in UNSUPPORTED:
-        if group.get(name):
-            raise PagingError(f"PagedAdamW has no {name}: leave it out, or set it to False")
+    wrong = {name: group[name] for name in UNSUPPORTED if group.get(name)}
     for name in OPTIONS:
-        values = group[name] if name == "betas" else [group[name]]
-        if not all(isinstance(value, Real) for value in values):
-            raise PagingError(f"{name} must be a plain number, not {group[name]!r}")
+        value = group.get(name)
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(isinstance(number, Real) for number in numbers):
+            wrong[name] = value
+    if wrong:
+        wanted = f"{', '.join(OPTIONS)} must be plain numbers, {', '.join(UNSUPPORTED)} off"
+        raise PagingError(f"PagedAdamW cannot do {wrong}: {wanted}")
 
 
 def check_parameters(parameters: list[Tensor], device: torch.device | None) -> None:
     """Refuse parameters that cannot be paged; `device` is that of earlier groups."""
-    if len(set(parameters)) < len(parameters):
-        raise PagingError("a parameter is in the group twice: pass each once")
-    for i, parameter in enumerate(parameters):
-        device = device or parameter.device
-        if parameter.device != device:
-            why = f"on {parameter.device}, others on {device}: make one optimizer per device"
-        elif device.type not in ("cpu", "cuda"):
-            why = f"on {device}, which has no host tier here: only cpu and cuda have one"
-        elif parameter.dtype not in DTYPES or parameter.layout != torch.strided:
-            why = f"{parameter.dtype}, {parameter.layout}: AdamW trains dense floats"
-        elif not parameter.requires_grad:
-            why = "frozen: pass [p for p in model.parameters() if p.requires_grad]"
-        else:
-            continue
-        raise PagingError(f"parameter {i} of the group, {tuple(parameter.shape)}, is {why}")
+    for p in parameters:
+        device = device or p.device
+        dense = p.dtype in DTYPES and p.layout == torch.strided
+        in_reach = p.device == device and device.type in ("cpu", "cuda")
+        if not (dense and in_reach and p.requires_grad):
+            found = f"{p.dtype}, {p.layout}, on {p.device}, requires_grad={p.requires_grad}"
+            wanted = f"dense floats that are trained, all on {device}, which is a CPU or a GPU"
+            raise PagingError(f"a parameter {tuple(p.shape)} is {found}; pass {wanted}")
 
 
 def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> None:
     """Refuse a parameter or gradient that has changed its dtype, size or device, or is sparse."""
     gradient = parameter.grad
-    found = (parameter.dtype, parameter.numel(), parameter.device, gradient.dtype)
-    wanted = (states.dtype, states.shape[1], device, states.dtype)
-    if found != wanted or gradient.layout != torch.strided:
-        raise PagingError(
-            f"a parameter {tuple(parameter.shape)} is {parameter.dtype} on {parameter.device}, its "
-            f"gradient {gradient.dtype}, {gradient.layout}, its states {states.dtype} on {device}: "
-            "convert a model before you make its optimizer, and keep gradients dense"
-        )
+    found = (parameter.dtype, parameter.numel(), parameter.device, gradient.dtype, gradient.layout)
+    wanted = (states.dtype, states.shape[1], device, states.dtype, torch.strided)
+    if found != wanted:
+        remedy = "convert a model before you make its optimizer, and keep gradients dense"
+        raise PagingError(f"a parameter and its gradient are {found}, not {wanted}: {remedy}")
 
 
 def match_state_dict(
     state_dict: dict[str, Any], own_groups: Iterable[dict[str, Any]]
 ) -> dict[Any, Tensor]:
     """The parameter of every key of a state dict that fits these groups; else a `PagingError`."""
-    groups = state_dict["param_groups"]
-    saved, own = ([group["params"] for group in each] for each in (groups, own_groups))
-    sizes, own_sizes = ([len(params) for params in each] for each in (saved, own))
+    saved, own = (
+        [group["params"] for group in groups] for groups in (state_dict["param_groups"], own_groups)
+    )
+    sizes, own_sizes = ([len(params) for params in groups] for groups in (saved, own))
     if sizes != own_sizes:
-        found = f"the state dict has groups of {sizes} parameters, the optimizer of {own_sizes}"
-        raise PagingError(f"{found}: make the optimizer with the groups that were saved")
-    for number, group in enumerate(groups):
-        if lost := [name for name in OPTIONS if name not in group]:
-            raise PagingError(f"group {number} of the state dict has no {lost}: is it AdamW's?")
+        raise PagingError(f"groups of {sizes} parameters were saved, the optimizer has {own_sizes}")
+    for group in state_dict["param_groups"]:
         check_options(group)
     parameter_of = dict(zip(sum(saved, []), sum(own, []), strict=True))
     for key, state in state_dict["state"].items():
-        if key not in parameter_of:
-            raise PagingError(f"the state dict has a state {key!r} of no parameter: is it damaged?")
-        if state:
-            _check_state(state, f"parameter {key}", tuple(parameter_of[key].shape))
+        found = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in state.items()}
+        shape = tuple(parameter_of[key].shape) if key in parameter_of else "no such parameter"
+        wanted = {"step": (), **dict.fromkeys(STATES, shape)}
+        if found not in ({}, wanted) or key not in parameter_of:
+            raise PagingError(f"the state {key!r} holds {found}, not {wanted}: another model's?")
     return parameter_of
-
-
-def _check_state(state: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
-    if set(state) != {"step", *STATES}:
-        raise PagingError(f"{name} has {sorted(state)}; AdamW's are step, exp_avg and exp_avg_sq")
-    for key, wanted in (("step", ()), *((key, shape) for key in STATES)):
-        value = state[key]
-        found = tuple(value.shape) if isinstance(value, Tensor) else value
-        if found != wanted and not (key == "step" and isinstance(value, Real)):
-            raise PagingError(
-                f"{key} of {name} is {found} in the state dict, but should have the shape "
-                f"{wanted}: is it from another model?"
-            )

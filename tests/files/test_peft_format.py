@@ -21,7 +21,7 @@ from qlora_edu.qlora import replace_linear_layers
 
 @st.composite
 def adapters(draw) -> dict:
-    """What an adapter can be: on any layers of any architecture, of any rank, bias and dtype."""
+    """What an adapter can be: on any layers of any architecture, of any rank and dtype."""
     architecture = draw(st.sampled_from(sorted(MODULES)))
     modules = MODULES[architecture]
     some = st.lists(st.sampled_from(modules), min_size=1, max_size=len(modules), unique=True)
@@ -30,7 +30,6 @@ def adapters(draw) -> dict:
         "target_modules": draw(st.just("all-linear") | some),
         "r": draw(st.integers(1, 40)),  # beyond min(in, out), too
         "lora_alpha": draw(st.sampled_from([1, 3, 8, 16.5])),
-        "bias": draw(st.sampled_from(["none", "lora_only", "all"])),
         "dtype": draw(st.sampled_from(DTYPES)),
     }
 
@@ -39,7 +38,7 @@ def assert_equal_outputs(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """The products run in the same order; only where α/r acts differs: one rounding a layer.
 
     In 16 bits a rounding that falls the other way grows through two layers: a few units of 2^-8
-    (2^-11) of outputs of size 1 to 10. A wrong scaling or a lost bias is off by ten times that.
+    (2^-11) of outputs of size 1 to 10. A wrong scaling is off by ten times that.
     """
     assert ours.dtype == theirs.dtype
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.02}[ours.dtype]
@@ -64,7 +63,6 @@ def test_saved_here_loads_in_peft(adapter, tmp_path_factory):
         adapter["r"],
         adapter["lora_alpha"],
         target_modules=adapter["target_modules"],
-        bias=adapter["bias"],
     )
     train_a_little(ours)
     save_adapter(ours, folder, base_model="nowhere")
@@ -87,7 +85,6 @@ def test_saved_by_peft_loads_here(adapter, init, tmp_path_factory):
         r=adapter["r"],
         lora_alpha=adapter["lora_alpha"],
         target_modules=adapter["target_modules"],
-        bias=adapter["bias"],
         init_lora_weights=init,
         task_type="CAUSAL_LM",
     )
@@ -129,7 +126,7 @@ def rewrite(folder, **fields):
         ({"init_lora_weights": "pissa"}, LoRAError, "pissa"),
         ({"peft_type": "IA3"}, LoRAError, "IA3"),
         ({"r": 8}, LoRAError, "has shape"),
-        ({"bias": "everything"}, LoRAError, "everything"),
+        ({"bias": "all"}, LoRAError, "bias"),
         ({"r": 0}, LoRAError, "rank"),
         ({"lora_alpha": "8"}, LoRAError, "lora_alpha"),
     ],
@@ -187,18 +184,15 @@ def test_an_adapter_is_not_loaded_over_another_kind(tmp_path):
 
 def test_an_adapter_for_other_layers_lists_them(tmp_path):
     folder = saved(tmp_path)
-    with pytest.raises(LoRAError, match=r"14 of the adapted layers.*q_proj") as error:
+    with pytest.raises(LoRAError, match=r"called .*0.self_attn.q_proj"):
         load_adapter(make("GPT-NeoX"), folder)
-    stored = load_file(folder / "adapter_model.safetensors")
-    assert len(stored) == 28 and sorted(error.value.tensors) == sorted(stored)
 
 
 def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
     folder, model = saved(tmp_path), make("Llama")
     replace_linear_layers(model, r=4, lora_alpha=16)
-    with pytest.raises(LoRAError, match="scaled wrongly") as error:
+    with pytest.raises(LoRAError, match="scaled wrongly"):
         load_adapter(model, folder)
-    assert error.value.tensors == tuple(adapter_tensors(model))
 
 
 def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -214,6 +208,14 @@ def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monke
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_would_not_be_saved_is_refused(tmp_path):
+    model = make("Qwen2")
+    add_lora(model, r=4, lora_alpha=8)
+    model.model.layers[0].self_attn.q_proj.base.bias.requires_grad_()
+    with pytest.raises(LoRAError, match="q_proj.base.bias.* would not be saved"):
+        save_adapter(model, tmp_path / "adapter")
 
 
 def test_layers_that_differ_do_not_fit_in_a_file(tmp_path):
