@@ -98,9 +98,9 @@ def af4_levels(blocksize: int = 64) -> Tensor:
         raise QuantizationError(f"blocksize must be at least 2, got {blocksize}")
     # The largest m of a block of half-normals has this density, up to a factor. Given m, what is
     # quantised is a normal of width 1/m, cut off at 1. The sum over m is the trapezoidal rule.
-    m = torch.linspace(0, 10, 641, dtype=torch.float64)
+    m = torch.linspace(0, 10, 641, dtype=torch.float64, device="cpu")
     density = torch.erf(m / math.sqrt(2)) ** (blocksize - 2) * torch.exp(-(m**2) / 2)
-    grid = torch.linspace(0, 1, 4097, dtype=torch.float64)
+    grid = torch.linspace(0, 1, 4097, dtype=torch.float64, device="cpu")
     cumulative = torch.erf(grid[:, None] * m / math.sqrt(2)) @ density
     negative, positive = (_cell_medians(n, grid.numpy(), cumulative.numpy()) for n in (7, 8))
     return torch.from_numpy(np.concatenate([-negative[::-1], [0.0], positive])).float()
@@ -175,8 +175,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
         right_shape = table.dim() == 1 and 2 <= len(table) <= 16
         if not (right_shape and levels.is_floating_point() and (table.abs() <= 1).all()):
             raise QuantizationError(
-                "levels must be a 1-D floating tensor of 2 to 16 numbers in [-1, 1], "
-                f"got {table.tolist()}, {levels.dtype}"
+                f"levels must be a 1-D floating tensor of 2 to 16 numbers in [-1, 1], got {levels}"
             )
         return table
     if levels not in LEVELS:
