@@ -5,7 +5,7 @@ row by row and cut into blocks of, say, 64. The largest magnitude of a block, it
 in float32, and the block divided by it fits the levels. One outlier then spoils one block and not
 the whole tensor. Each weight becomes a 4-bit code, a nibble, and two nibbles share a byte.
 
-This module is the definition. What runs on real weights is `kernels`, equal to it in every byte.
+What runs on real weights is `kernels`, equal to this definition in every byte.
 """
 
 import math
@@ -19,15 +19,13 @@ from qlora_edu.codebooks import assign
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-SMALLEST_ABSMAX = 1e-38
-"""bitsandbytes never divides by less than this; a subnormal in float32."""
+SMALLEST_ABSMAX = 1e-38  # bitsandbytes never divides by less; a subnormal in float32
 
 
 def split_blocks(x: Tensor, blocksize: int) -> Tensor:
-    """Read x row by row and cut it into blocks.
+    """Read x row by row and cut it into blocks: float32 `[ceil(n / blocksize), blocksize]`.
 
-    Returns float32 `[ceil(n / blocksize), blocksize]`; a short last block is filled with zeros.
+    A short last block is filled with zeros.
 
     >>> split_blocks(torch.tensor([[1.0, 2.0, 3.0]]), 2)
     tensor([[1., 2.],
@@ -50,11 +48,7 @@ def block_absmax(x: Tensor, blocksize: int) -> Tensor:
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Put two 4-bit codes into each byte, the first in the high nibble.
 
-    Args:
-        codes: uint8 below 16, n of them; an odd n is filled up with code 0.
-
-    Returns:
-        uint8, shape `[ceil(n / 2), 1]`.
+    Takes n codes, uint8 below 16; an odd n is filled up with code 0. Returns `[ceil(n / 2), 1]`.
 
     >>> pack_nibbles(torch.tensor([0, 15, 7], dtype=torch.uint8)).flatten().tolist()
     [15, 112]
@@ -65,9 +59,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
-    """Read n 4-bit codes back; the inverse of `pack_nibbles`.
-
-    Takes `ceil(n / 2)` bytes of any shape; returns uint8, shape `[n]`.
+    """Read n 4-bit codes back, uint8 `[n]`; the inverse of `pack_nibbles`.
 
     >>> unpack_nibbles(torch.tensor([[15], [112]], dtype=torch.uint8), 3).tolist()
     [0, 15, 7]
@@ -79,21 +71,13 @@ def unpack_nibbles(packed: Tensor, n: int) -> Tensor:
 def quantize_blockwise(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Quantise a tensor to 4 bits, block by block.
 
-    Args:
-        weight: any shape; one of `DTYPES`, finite.
-        levels: a codebook of chapter 1, 1-D, of at most 16 levels.
-        blocksize: weights that share one absmax.
+    Takes n finite numbers in one of `DTYPES`, and a codebook of chapter 1. Returns the packed
+    codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
 
-    Returns:
-        The packed codes, uint8 `[ceil(n / 2), 1]`, and absmax, float32 `[ceil(n / blocksize)]`.
+    Source: QLoRA (arXiv 2305.14314) equation 1; equals bitsandbytes `quantize_4bit` on a CPU.
 
-    Source: QLoRA (arXiv 2305.14314) equation 1; equals bitsandbytes `quantize_4bit` on a CPU, to
-    the byte.
-
-    >>> weight, levels = torch.tensor([-2.0, 2.0]), torch.tensor([-1.0, 1.0])
-    >>> packed, absmax = quantize_blockwise(weight, levels, blocksize=64)
-    >>> packed.item(), absmax.item()
-    (1, 2.0)
+    >>> quantize_blockwise(torch.tensor([-2.0, 2.0]), torch.tensor([-1.0, 1.0]), blocksize=64)
+    (tensor([[1]], dtype=torch.uint8), tensor([2.]))
     """
     n, blocks = weight.numel(), split_blocks(weight, blocksize)
     absmax = blocks.abs().amax(dim=1)
@@ -115,13 +99,8 @@ def dequantize_blockwise(
 ) -> Tensor:
     """Rebuild the weights: the level of each code times the absmax of its block.
 
-    Args:
-        packed: uint8 `[ceil(n / 2), 1]`.
-        absmax: float32 `[ceil(n / blocksize)]`.
-        levels: the codebook, 1-D.
-        blocksize: weights per block.
-        shape: of the result; n is its product.
-        dtype: of the result. The product is computed in float32 and then rounded.
+    Takes what `quantize_blockwise` returns; `shape` and `dtype` are those of the result. The
+    product is computed in float32 and then rounded.
 
     >>> packed, levels = torch.tensor([[1]], dtype=torch.uint8), torch.tensor([-1.0, 1.0])
     >>> dequantize_blockwise(packed, torch.tensor([2.0]), levels, 64, (2,), torch.float32)
@@ -134,8 +113,6 @@ def dequantize_blockwise(
 
 def read_back(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
     """Quantise a tensor and read it back: what a model computes with after quantisation.
-
-    Takes what `quantize_blockwise` takes; returns the shape and dtype of `weight`.
 
     >>> read_back(torch.tensor([-3.0, 0.1, 4.0]), torch.tensor([-1.0, 0.0, 1.0]), 64)
     tensor([-4.,  0.,  4.])

@@ -2,8 +2,7 @@
 
 One float32 absmax for every 64 weights costs half a bit per weight. Double quantisation subtracts
 the mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32
-constant each: 4 + 32/64 = 4.5 bits per weight become 4 + 8/64 + 32/(64*256) = 4.127. In `quantized`
-the tensor that holds it all puts the three chapters together.
+constant each: 4 + 32/64 = 4.5 bits per weight become 4 + 8/64 + 32/(64*256) = 4.127.
 """
 
 from functools import cache
@@ -32,11 +31,9 @@ def dynamic_map() -> Tensor:
 
     Seven decades run from 1e-7 to 1, and each is cut into twice as many equal steps as the one
     below: 1, 2, 4, ..., 64. The centres of the steps, with both signs, make 254 levels; 0 and 1
-    complete them. Small numbers get range, large ones precision. There is no -1: the lowest level
-    is -0.993.
+    complete them. Small numbers get range, large ones precision. There is no -1.
 
-    Returns:
-        Ascending levels, float32, shape `[256]`.
+    Returns ascending levels, float32, shape `[256]`.
 
     Source: Dettmers (arXiv 1511.04561); equals bitsandbytes `create_dynamic_map()`.
 
@@ -56,9 +53,7 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
 
     They are positive, so the signed map would waste half its levels: the mean goes first. What is
     left is quantised like weights, in blocks of 256, each divided by its own largest magnitude.
-
-    Args:
-        absmax: float32, shape `[blocks]`, finite and not negative.
+    Takes float32, shape `[blocks]`, finite.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
     came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.
@@ -81,11 +76,8 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
 def assign_8bit(scaled: Tensor) -> Tensor:
     """Find the nearest level of `dynamic_map` as bitsandbytes does on a CPU: through a table.
 
-    It first rounds to a grid of 65,536 points on [-1, 1] and looks the code of that point up, so
-    near a midpoint the code may be a neighbour's, and 0 itself falls beside the grid. A block whose
-    differences are all 0 divides 0 by 0, and gets code 0 times a constant of 0.
-
-    Returns uint8, in the shape of `scaled`.
+    It rounds to a grid of 65,536 points on [-1, 1] and looks the code of that point up, so near a
+    midpoint the code, uint8, may be a neighbour's. NaN, from a block of zeros, gets code 0.
 
     >>> assign_8bit(torch.tensor([-1.0, 1.0, torch.nan])).tolist()
     [0, 255, 0]
@@ -105,8 +97,6 @@ def codes_of_grid() -> Tensor:
 
 def dequantize_absmax(quantized: QuantizedAbsmax) -> Tensor:
     """Read block constants back: the level of each code, times its constant, plus the offset.
-
-    Returns float32, shape `[blocks]`.
 
     >>> dequantize_absmax(quantize_absmax(torch.tensor([1.0, 3.0])))
     tensor([1.0070, 3.0000])

@@ -1,19 +1,6 @@
 """Every error of this course: one base, and a short family under it.
 
-Each message names what was wrong and says what to do next. The second base of each is the built-in
-error that fits, for code which knows nothing of this course.
-
-| what went wrong | error |
-|---|---|
-| a weight, a codebook or a block size | `QuantizationError` |
-| an adapter: asked for, read, put in, merged | `LoRAError` |
-| a step that cannot be planned, or that does not fit | `PlanError`, `DoesNotFitError` |
-| the paged optimizer | `PagingError` |
-| a data set, a setting, a base model | `DataError`, `ConfigError`, `ModelUnavailableError` |
-| training, a checkpoint, a file of one | `TrainingError`, `CheckpointError`, `DamagedFileError` |
-| a folder in the way | `RunExistsError` |
-| generating, judging | `GenerationError`, `EvaluationError` |
-| this machine | `NotReadyError` |
+The second base of each is the built-in error that fits, for code that knows nothing of this course.
 """
 
 from collections.abc import Iterator
@@ -26,7 +13,7 @@ class QloraError(Exception):
 
 
 class QuantizationError(QloraError, ValueError):
-    """The base of every error that quantisation raises."""
+    """A weight, a codebook or a block size cannot be used."""
 
 
 class LoRAError(QloraError, ValueError):
@@ -89,13 +76,7 @@ class NotReadyError(QloraError, RuntimeError):
 def reading(path: str | Path, error: type[QloraError], advice: str) -> Iterator[None]:
     """Raise whatever goes wrong while a file is read and parsed as `error`, with the file's name.
 
-    Parsers have errors of many kinds; whoever called us knows only the file. An error of the course
-    passes as it is: it says more. `advice` says what to do next; it ends the message.
-
-    >>> with reading("notes.json", DataError, "write it anew"):
-    ...     __import__("json").loads("{")
-    Traceback (most recent call last):
-    qlora_edu.errors.DataError: cannot read notes.json (Expecting property name ...); write it anew
+    An error of the course passes as it is: it says more. `advice` says what to do next.
     """
     try:
         yield

@@ -1,13 +1,12 @@
 """Fast twins of what the chapters derive: the same result, to the byte, in less time.
 
 A chapter holds the definition, a few lines to be read aloud. What runs on real weights is here:
-worked off in chunks that stay in the processor's cache, compiled, or fused. A test holds each twin
-equal to its definition.
+in chunks that stay in the processor's cache, compiled, or fused.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,49 +29,29 @@ CHUNK = 2**18
 CHUNK_SIZE: ContextVar[int | None] = ContextVar("CHUNK_SIZE", default=None)
 """How many weights to work on at a time, a multiple of 4096; None: as many as suit the device."""
 
-UNPACKING: ContextVar[Callable[[], AbstractContextManager[object]] | None] = ContextVar(
-    "UNPACKING", default=None
-)
-"""Makes a context manager that is entered around each chunk that is unpacked; None: nothing is."""
+UNPACKING: ContextVar[Callable[[], Any]] = ContextVar("UNPACKING", default=nullcontext)
+"""Makes a context manager that is entered around each chunk that is unpacked."""
 
 
-def chunk_size(device: torch.device, chunks: int = 1) -> int:
-    """Say how many weights to work on at a time: some `CHUNK`s on a CPU, 2^26 elsewhere.
-
-    Starting a call takes a GPU as long as computing with a million weights, so it gets more than
-    any cache holds. `CHUNK_SIZE` overrules both.
-    """
-    return CHUNK_SIZE.get() or (chunks * CHUNK if device.type == "cpu" else 2**26)
+def chunk_size(device: torch.device, chunks: int = 1, elsewhere: int = 2**26) -> int:
+    """Say how many weights to work on at a time: some `CHUNK`s on a CPU, or `elsewhere`."""
+    # Starting a call takes a GPU as long as computing with a million weights.
+    return CHUNK_SIZE.get() or (chunks * CHUNK if device.type == "cpu" else elsewhere)
 
 
 def compiled_chunk_size(device: torch.device) -> int:
-    """Say how many weights compiled code gets at a time: four `CHUNK`s on a CPU, 2^24 elsewhere.
-
-    Only whole chunks are compiled, so they are no larger than the layers of a 7B.
-    """
-    return 4 * CHUNK if device.type == "cpu" else 2**24
-
-
-# Chapter 2: the quantiser
+    """Say how many weights compiled code gets at a time; a layer of a 7B is a whole chunk."""
+    return chunk_size(device, chunks=4, elsewhere=2**24)
 
 
 @torch.no_grad()  # torch.compile makes one version for each grad mode, and one is enough
 def quantize_blockwise(
     weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantise as `blockwise.quantize_blockwise` does, chunk by chunk.
+    """Quantise as `blockwise.quantize_blockwise` does, in a few megabytes beside the result.
 
-    Whatever the size of the tensor, a few megabytes are needed beside the result (and a copy, if it
-    is not contiguous).
-
-    Args:
-        weight, levels, blocksize: as for the definition.
-        compiled: run chunks of a million weights (16 million on a GPU) through `torch.compile`,
-            which needs a C++ compiler and some seconds at the first call.
-
-    Raises:
-        QuantizationError: more than 16 levels.
-        NotReadyError: `compiled`, and no compiler.
+    If `compiled`, whole chunks go through `torch.compile`, which needs a C++ compiler
+    (`NotReadyError`) and some seconds at the first call.
     """
     if len(levels) > 16:
         raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
@@ -105,13 +84,10 @@ def quantize_blockwise(
 
 
 def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise whole blocks, float32 `[blocks, blocksize]`, to ranks among the levels.
-
-    A rank is the number of midpoints below the scaled weight, so fifteen comparisons and a sum give
-    it; a compiler turns them into a few vector instructions, without a branch or a table.
-    """
+    """Quantise whole blocks, float32 `[blocks, blocksize]`, to ranks among the levels."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
+    # Fifteen comparisons and a sum, which compile to vector instructions without branch or table.
     ranks = torch.zeros_like(scaled, dtype=torch.int32)
     for midpoint in midpoints.unbind():
         ranks += scaled > midpoint
@@ -148,13 +124,9 @@ def dequantize_blockwise(
     chunk = chunk_size(packed.device)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        values = decode(
-            packed[start // 2 : (stop + 1) // 2],
-            absmax[start // blocksize : -(-stop // blocksize)],
-            levels,
-            blocksize,
-        )
-        flat[start:stop] = values[: stop - start]
+        codes = packed[start // 2 : (stop + 1) // 2]
+        constants = absmax[start // blocksize : -(-stop // blocksize)]
+        flat[start:stop] = decode(codes, constants, levels, blocksize)[: stop - start]
     return flat.view(tuple(shape))
 
 
@@ -164,13 +136,7 @@ def decode(
     """Look the levels of packed codes up and multiply them by the absmax of their blocks.
 
     Both levels of a byte travel as one 8-byte number: half the look-ups, and PyTorch's fast kind.
-
-    The result is float32, two numbers for each byte of `packed`. It is written over the memory of
-    `out`, if given: int64, a number for each byte.
-
-    >>> levels = torch.tensor([-1.0, 1.0])
-    >>> decode(torch.tensor([[1]], dtype=torch.uint8), torch.tensor([2.0]), levels, 64)
-    tensor([-2.,  2.])
+    `out`, int64, is memory for the result, which is float32.
     """
     if len(levels) < 16:
         levels = F.pad(levels, (0, 16 - len(levels)))
@@ -196,32 +162,25 @@ def row_chunks(quantized: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     whole_blocks = blocksize // math.gcd(width, blocksize)  # so many rows end where a block ends
     step = chunk_size(device, chunks=4) // max(width, 1) // whole_blocks * whole_blocks
     step = max(step, whole_blocks)
-    unpacking = UNPACKING.get() or nullcontext
+    unpacking = UNPACKING.get()
     with unpacking():
         absmax, buffer = quantized.absmax, torch.empty(0, dtype=torch.int64, device=device)
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         first, last = start * width, stop * width
         with unpacking():
-            chunk = decode(
-                quantized.packed[first // 2 : (last + 1) // 2],
-                absmax[first // blocksize : -(-last // blocksize)],
-                quantized.levels,
-                blocksize,
-                buffer.resize_((last + 1) // 2 - first // 2),
-            )
+            codes = quantized.packed[first // 2 : (last + 1) // 2]
+            constants = absmax[first // blocksize : -(-last // blocksize)]
+            buffer.resize_(len(codes))
+            chunk = decode(codes, constants, quantized.levels, blocksize, buffer)
             chunk = chunk[: last - first].view(stop - start, width).to(dtype)
         yield slice(start, stop), chunk
-
-
-# Chapter 5: the product with base and adapter in one
 
 
 class FusedProduct(torch.autograd.Function):
     """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definition makes a new tensor.
 
-    The twin of `qlora.FrozenProduct` and `LoRALayer.low_rank_update` together: fewer passes over
-    memory, and gradients written by hand. `W` is unpacked a few rows at a time in both passes.
+    The twin of `qlora.FrozenProduct` and `LoRALayer.low_rank_update` together.
     """
 
     @staticmethod
@@ -263,9 +222,6 @@ class FusedProduct(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_thin.T @ x, grad_y.T @ thin, None
 
 
-# Chapter 7: the pager that fetches the next page early
-
-
 @dataclass
 class PagingCounters:
     """What paging has cost: each use of a page is a hit, prefetched (sent for early) or a fault."""
@@ -291,8 +247,7 @@ class PrefetchingPagedAdamW(PagedAdamW):
     """Chapter 7's `PagedAdamW`, which fetches the next page while the current one is computed.
 
     Copies run beside the computing, on a thread or a CUDA stream, and only pages that have changed
-    are written back. Results are those of `PagedAdamW`, to the bit. It takes what `PagedAdamW`
-    takes; `prefetch` sends for the next page early, if there are two frames or more.
+    are written back. It takes what `PagedAdamW` takes, and has the same results to the bit.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000))
     >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)

@@ -1,12 +1,10 @@
 """Chapter 5: QLoRA, which trains a LoRA adapter beside a weight that stays in 4 bits.
 
 The forward pass unpacks the frozen weight, multiplies, and throws the unpacked copy away. The
-backward pass needs the weight once more, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again from the
-same bytes. Between the two only the packed weight is held, and it was there anyway. `W` gets no
-gradient: what is learned are the `A` and `B` of chapter 4, in float32.
+backward pass needs the weight once more, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again. `W`
+gets no gradient: what is learned are the `A` and `B` of chapter 4, in float32.
 
-Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314),
-equations 5 and 6.
+Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,28 +59,15 @@ def quantized_linear(
 ) -> Tensor:
     """Multiply by a weight that is kept in 4 bits: `x · Wᵀ + bias`, with a gradient for `x`.
 
-    Between forward and backward nothing is kept but a reference to `quantized`, and not even that
-    if `x` needs no gradient.
+    Takes x `[..., in]`, W `[out, in]` and bias `[out]`; returns `[..., out]` in the dtype of x. The
+    product is computed in `compute_dtype`, by default that of x, under autocast in autocast's.
 
-    Args:
-        x: `[..., in]`, floating.
-        quantized: `W`, `[out, in]`.
-        bias: `[out]`.
-        compute_dtype: of the product; by default that of `x`. Where autocast is on, it is
-            autocast's in any case.
-
-    Returns:
-        `[..., out]`, in the dtype of `x`.
-
-    Source: equals `bitsandbytes.nn.Linear4bit`; but in the backward pass that one rounds `W` to the
-    dtype it had before quantisation, and here it is the same `W` as in the forward pass.
+    Source: equals `bitsandbytes.nn.Linear4bit`, but that one rounds the `W` of the backward pass to
+    the dtype from before quantisation.
 
     >>> weight = quantize(torch.tensor([[-1.0, 0.0, 1.0]]), double_quant=False)
     >>> x = torch.tensor([[1.0, 5.0, 3.0]], requires_grad=True)
-    >>> y = quantized_linear(x, weight)
-    >>> y.item()
-    2.0
-    >>> y.backward()
+    >>> quantized_linear(x, weight).backward()
     >>> x.grad
     tensor([[-1.,  0.,  1.]])
     """
@@ -98,35 +83,22 @@ class QLoRALinear(LoRALayer):
     """A frozen 4-bit linear layer with a trainable low-rank change beside it.
 
     `weight` is a `QuantizedTensor` `[out, in]`. Its tensors are buffers too, so that they move with
-    `.to(device)`, though `.half()` and the like leave them as they are. `bias` is frozen too. The
-    adapter is float32 whatever the rest is. `x` is `[..., in]` in any floating dtype, and the
-    output `[..., out]` has the same one.
-
-    The state dict holds `lora_A`, `lora_B`, `bias` and the weight under the keys of bitsandbytes
-    (`weight`, `weight.absmax`, ...); each can load the other's.
+    `.to(device)`, though `.half()` and the like leave them as they are. The adapter is float32. The
+    state dict holds the weight under the keys of bitsandbytes; each can load the other's.
 
     Args:
-        linear: an `nn.Linear`, which is quantised here and left as it is, or a weight that is
-            quantised already.
+        linear: an `nn.Linear`, which is quantised here by `quantize(weight, **quantization)` and
+            left as it is; or a weight that is quantised already, with its `bias`.
         r, lora_alpha, lora_dropout: as for `LoRALinear`.
         compute_dtype: as for `quantized_linear`.
-        bias: `[out]`, beside a weight that is quantised already.
-        quantization: `levels`, `blocksize` and `double_quant` of `quantize`, for an `nn.Linear`.
 
-    Raises:
-        LoRAError: `linear` is neither, `bias` does not fit it or `compute_dtype` is not a floating
-            dtype; see also `LoRALayer`.
-        QuantizationError: the weight cannot be quantised; see `quantize`.
+    Raises `LoRAError`, or `QuantizationError` if the weight cannot be quantised.
 
     Source: equals PEFT's `Linear4bit` around bitsandbytes' with the same `A` and `B`.
 
     >>> layer = QLoRALinear(nn.Linear(128, 64), r=4, lora_alpha=8)
-    >>> layer.weight.packed.nbytes  # 64 · 128 weights, two in a byte
-    4096
     >>> [name for name, p in layer.named_parameters() if p.requires_grad]
     ['lora_A', 'lora_B']
-    >>> layer(torch.ones(2, 5, 128)).shape
-    torch.Size([2, 5, 64])
     """
 
     weight: QuantizedTensor
@@ -143,7 +115,18 @@ class QLoRALinear(LoRALayer):
         bias: Tensor | None = None,
         **quantization: Any,
     ) -> None:
-        weight, bias = _frozen_parts(linear, bias, quantization)
+        weight: Any = linear
+        if type(linear) is nn.Linear and bias is None:
+            bias = linear.bias
+            weight, quantization = quantize(linear.weight.detach(), **quantization), {}
+        if not isinstance(weight, QuantizedTensor) or len(weight.shape) != 2 or quantization:
+            raise LoRAError(
+                "QLoRALinear takes a torch.nn.Linear and settings of quantize, or a "
+                "QuantizedTensor of shape (out, in), its bias and no settings; got a "
+                f"{type(linear).__name__}, a bias: {bias is not None}, settings: {quantization}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise LoRAError(f"bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")
         if compute_dtype is not None and not compute_dtype.is_floating_point:
             raise LoRAError(f"compute_dtype must be a floating-point dtype, not {compute_dtype}")
         out_features, in_features = weight.shape
@@ -151,7 +134,7 @@ class QLoRALinear(LoRALayer):
             in_features, out_features, r, lora_alpha, lora_dropout, device=weight.device
         )
         self.compute_dtype = compute_dtype
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
         self._hold(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,23 +145,15 @@ class QLoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-        """Merge the adapter into the dequantised weight: a plain `nn.Linear` that needs no adapter.
-
-        Nothing is quantised again, which could lose the update (see `merge_weight`); so the result
-        takes 16 or 32 bits per weight. This layer stays as it is, and there is nothing to unmerge.
-
-        Raises `LoRAError` if the merged weight would hold NaN or infinity.
+        """Merge the adapter into a copy of the dequantised weight; see `merge_weight`.
 
         >>> QLoRALinear(nn.Linear(64, 2), r=4, lora_alpha=8).merge(torch.float32)
         Linear(in_features=64, out_features=2, bias=True)
         """
-        weight = merge_weight(self.weight, self.delta_weight(), dtype=dtype)
-        merged = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
-        )
-        merged.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            merged.bias = nn.Parameter(self.bias.to(dtype, copy=True))
+        merged = nn.Linear(self.in_features, self.out_features, device="meta")
+        merged.weight = nn.Parameter(merge_weight(self.weight, self.delta_weight(), dtype=dtype))
+        bias = None if self.bias is None else nn.Parameter(self.bias.to(dtype, copy=True))
+        merged.register_parameter("bias", bias)
         return merged
 
     def extra_repr(self) -> str:
@@ -207,78 +182,39 @@ class QLoRALinear(LoRALayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(self.weight.state_dict(prefix + "weight"))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
         ours = {k: v.clone() for k, v in state_dict.items() if k == key or k.startswith(key + ".")}
         rest = {k: v for k, v in state_dict.items() if k not in ours}
-        weight = QuantizedTensor.from_state_dict(ours, key) if ours else None
-        if weight is not None and weight.shape != self.weight.shape:
+        weight = QuantizedTensor.from_state_dict(ours, key) if ours else self.weight
+        if weight.shape != self.weight.shape:
             raise LoRAError(
                 f"{key} has shape {tuple(weight.shape)} in the state dict, but this layer needs "
                 f"{tuple(self.weight.shape)}; load it into a layer of the model it was made from"
             )
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
-        if weight is None:
-            missing_keys.append(key)
-        else:
+        super()._load_from_state_dict(rest, prefix, *args)
+        if ours:
             self._hold(weight.to(self.weight.device))
-
-
-def _frozen_parts(
-    linear: nn.Linear | QuantizedTensor, bias: Tensor | None, quantization: dict[str, Any]
-) -> tuple[QuantizedTensor, Tensor | None]:
-    """Quantise the weight of a linear layer, or check one that is quantised; and its bias."""
-    if type(linear) is nn.Linear:
-        if bias is not None:
-            raise LoRAError("an nn.Linear brings its own bias; pass bias= beside a QuantizedTensor")
-        bias = linear.bias
-        return (
-            quantize(linear.weight.detach(), **quantization),
-            None if bias is None else bias.detach().clone(),
-        )
-    if not isinstance(linear, QuantizedTensor) or len(linear.shape) != 2:
-        raise LoRAError(
-            "QLoRALinear takes a torch.nn.Linear or a QuantizedTensor of shape (out, in), not a "
-            f"{type(linear).__name__} of shape {tuple(getattr(linear, 'shape', ()))}; "
-            "quantize(weight) makes one of a matrix"
-        )
-    if quantization:
-        raise LoRAError(f"the weight is quantised already, so {sorted(quantization)} say nothing")
-    if bias is not None and bias.shape != linear.shape[:1]:
-        raise LoRAError(f"bias must have shape ({linear.shape[0]},), not {tuple(bias.shape)}")
-    return linear, None if bias is None else bias.detach()
+        else:
+            missing_keys = args[2]  # after the metadata and `strict`
+            missing_keys.append(key)
 
 
 class FusedQLoRALinear(QLoRALinear):
-    """The fast twin of `QLoRALinear`, for production: base and adapter in one `FusedProduct`.
-
-    Where dropout, autocast or a second dtype makes the adapter's input another one than the base's,
-    it computes as `QLoRALinear` does.
-    """
+    """The fast twin of `QLoRALinear`, for production: base and adapter in one `FusedProduct`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x · Wᵀ + bias + (α/r) · B · A · dropout(x)`, as `QLoRALinear` but for rounding."""
         self.check_input(x)
-        if not self._sees_one_input(x):
+        # Where one of these gives the adapter another input than the base, nothing can be fused.
+        dtypes = {x.dtype, self.compute_dtype or x.dtype, self.lora_A.dtype, self.lora_B.dtype}
+        drops = self.training and self.lora_dropout.p
+        if drops or len(dtypes) > 1 or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         tokens = x.reshape(-1, self.in_features)
         y = FusedProduct.apply(tokens, self.weight, bias, self.lora_A, self.lora_B, self.scaling)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _sees_one_input(self, x: Tensor) -> bool:
-        """Whether base and adapter multiply the very same numbers, without dropout or rounding."""
-        if (self.training and self.lora_dropout.p) or torch.is_autocast_enabled(x.device.type):
-            return False
-        return x.dtype == (self.compute_dtype or x.dtype) == self.lora_A.dtype == self.lora_B.dtype
 
 
 def replace_linear_layers(
@@ -287,20 +223,14 @@ def replace_linear_layers(
     lora_alpha: float,
     *,
     target_modules: str | Sequence[str] = "all-linear",
-    lora_dropout: float = 0.0,
-    compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] = (),
     layer_class: type[QLoRALinear] = QLoRALinear,
-    **quantization: Any,
+    **settings: Any,
 ) -> list[str]:
     """Freeze `model` and put a `QLoRALinear` in the place of its linear layers.
 
-    Args:
-        target_modules, skip: as for `find_linear_layers`, so the output head stays as it is
-            (bitsandbytes keeps it, too).
-        layer_class: `QLoRALinear`, or `FusedQLoRALinear` for speed.
-        quantization: `levels`, `blocksize` and `double_quant` of `quantize`.
-
+    Takes `target_modules` and `skip` as `find_linear_layers`, so the output head stays as it is;
+    `FusedQLoRALinear` as the class, for speed; and settings of a layer, such as `blocksize`.
     Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -314,10 +244,7 @@ def replace_linear_layers(
     model.requires_grad_(False)
     for name in names:
         linear: Any = model.get_submodule(name)
-        layer = layer_class(
-            linear, r, lora_alpha, lora_dropout, compute_dtype=compute_dtype, **quantization
-        )
-        replace_module(model, name, layer)
+        replace_module(model, name, layer_class(linear, r, lora_alpha, **settings))
     return names
 
 
@@ -333,17 +260,9 @@ def merge_weight(
 ) -> Tensor:
     """Merge `ΔW` into a frozen weight: what a model without adapter computes with.
 
-    Args:
-        quantized: the frozen weight, `[out, in]`.
-        into: "dequantized" adds it to the weight that it was trained beside; "original" to the
-            weight from before quantisation; "4-bit" quantises the first sum again, as `quantized`
-            was, and returns what is read back.
-        original: the weight from before quantisation.
-        dtype: of the result, unless it is merged into 4 bits.
-
-    Raises:
-        LoRAError: an unknown `into`, a missing `original`, shapes that differ, or a merged weight
-            that would hold NaN or infinity.
+    `into="dequantized"` adds it to the weight that it was trained beside; "original" to the one
+    from before quantisation; "4-bit" quantises the first sum again, as `quantized` was, and reads
+    it back, in its dtype and not `dtype`. Raises `LoRAError`, for NaN and infinity too.
 
     >>> merge_weight(quantize(torch.ones(1, 64)), 0.25 * torch.ones(1, 64))[0, :2]
     tensor([1.2500, 1.2500], dtype=torch.bfloat16)
@@ -364,9 +283,7 @@ def merge_weight(
 
 
 def surviving_share(before: Tensor, after: Tensor, delta: Tensor) -> float:
-    """Measure how much of `ΔW` a merge has kept: `⟨after − before, ΔW⟩ / ⟨ΔW, ΔW⟩`.
-
-    It is 1 if the weight moved by all of it, 0 if not at all or at random.
+    """Measure how much of `ΔW` a merge has kept: `⟨after − before, ΔW⟩ / ⟨ΔW, ΔW⟩`, 1 for all.
 
     >>> surviving_share(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), torch.ones(3))
     0.6666666865348816

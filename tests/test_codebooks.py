@@ -106,31 +106,19 @@ def test_nf4_refuses_what_makes_no_codebook(arguments):
         cb.nf4_levels(**arguments)
 
 
-def test_equation_4_as_printed_is_not_nf4():
-    values = cb.equation_4_levels()
-    assert values.shape == (17,)
-    assert values[0] == -torch.inf and values[-1] == torch.inf
-    # Symmetric up to the rounding of two float32 quantiles below 2 in size.
-    assert torch.allclose(values, -values.flip(0), atol=3e-7)
-    finite = values[1:-1]
-    nf4 = cb.nf4_levels()
-    assert not torch.allclose(nf4, -nf4.flip(0), atol=0.01)
-    assert len(finite) == 15 != len(nf4)
-
-
 def test_rivals_equal_their_definitions():
     assert torch.equal(cb.fp4_levels(), bnb.get_4bit_type("fp4", device="cpu"))
     # bitsandbytes lists an "int4" too, but raises when asked for it.
-    assert torch.equal(cb.int4_levels(), torch.tensor([i / 7 for i in range(-7, 8)]))
+    assert torch.equal(cb.get_levels("int4"), torch.tensor([i / 7 for i in range(-7, 8)]))
     e3m0 = bnb.create_fp8_map(exponent_bits=3, precision_bits=0, total_bits=4)
-    assert torch.equal(cb.fp4_e3m0_levels(), e3m0.unique())
+    assert torch.equal(cb.get_levels("fp4-e3m0"), e3m0.unique())
     # The values of the OCP MX specification v1.0, over the largest.
     ocp = torch.tensor([0.5, 1, 1.5, 2, 3, 4, 6]) / 6
-    assert torch.equal(cb.fp4_e2m1_levels(), torch.cat([-ocp.flip(0), torch.zeros(1), ocp]))
+    assert torch.equal(cb.get_levels("fp4-e2m1"), torch.cat([-ocp.flip(0), torch.zeros(1), ocp]))
 
 
 def test_fp4_of_bitsandbytes_differs_from_e2m1_in_the_subnormal_alone():
-    ours, theirs = cb.fp4_e2m1_levels(), cb.fp4_levels().unique()
+    ours, theirs = cb.get_levels("fp4-e2m1"), cb.fp4_levels().unique()
     differing = (ours - theirs).abs() > 1e-6
     assert differing.nonzero().flatten().tolist() == [6, 8]
 

@@ -668,12 +668,12 @@ def test_a_weight_that_is_not_a_quantised_matrix_is_refused(weight):
 def test_a_bias_that_does_not_fit_is_refused():
     with pytest.raises(LoRAError, match=r"bias must have shape \(4,\), not \(5,\)"):
         QLoRALinear(quantize(torch.randn(4, 64)), 4, 8, bias=torch.zeros(5))
-    with pytest.raises(LoRAError, match="brings its own bias"):
+    with pytest.raises(LoRAError, match="got a Linear, a bias: True"):
         QLoRALinear(make_linear(), 4, 8, bias=torch.zeros(OUT))
 
 
 def test_settings_of_a_quantisation_that_is_done_are_refused():
-    with pytest.raises(LoRAError, match=r"quantised already.*\['blocksize'\]"):
+    with pytest.raises(LoRAError, match="no settings; .*blocksize"):
         QLoRALinear(quantize(torch.randn(4, 64)), 4, 8, blocksize=128)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.claims.ledger import LITGPT, QLORA, Answer, claim, percent
 from qlora_edu.blockwise import unpack_nibbles
-from qlora_edu.codebooks import entropy_bits, equation_4_levels, level_usage, nf4_levels
+from qlora_edu.codebooks import entropy_bits, level_usage, nf4_levels, normal_quantile
 from qlora_edu.memory import llama_parameters, nf4_bits_per_weight
 from qlora_edu.quantized import quantize
 
@@ -118,7 +118,8 @@ def _nf4_16_levels() -> Answer:
     "the equation computed as printed; notebook 1",
 )
 def _nf4_equation_4() -> Answer:
-    levels = equation_4_levels()
+    quantiles = normal_quantile(torch.arange(18) / 17)
+    levels = (quantiles[:-1] + quantiles[1:]) / 2
     infinite = int(levels.isinf().sum())
     finite = levels[levels.isfinite()]
     symmetric = torch.allclose(finite, -finite.flip(0), atol=1e-6)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_edu import quantize
-from qlora_edu.blockwise import DTYPES, dequantize_blockwise, quantize_blockwise, read_back
+from qlora_edu.blockwise import DTYPES, dequantize_blockwise, quantize_blockwise
 from qlora_edu.codebooks import LEVELS, get_levels
 from qlora_edu.errors import QuantizationError
 from qlora_edu.files.inspector import inspect_file, inspect_weight
@@ -42,24 +42,7 @@ def test_every_weight_is_found_where_reading_the_whole_tensor_finds_it(name, sha
         assert found.absmax == absmax[found.block].item()
 
 
-def test_the_error_is_what_is_read_back_minus_what_was_there():
-    weight, levels = random(2, 40), get_levels("nf4")
-    packed, absmax = quantize_blockwise(weight, levels, 64)
-    found = inspect_weight(packed, absmax, levels, 64, weight.shape, (1, 7))
-    expected = (read_back(weight, levels, 64) - weight)[1, 7].item()
-    assert found.error(weight[1, 7]) == pytest.approx(expected, abs=1e-7)
-
-
-def test_negative_numbers_count_from_the_end():
-    weight, levels = random(3, 5), get_levels("nf4")
-    packed, absmax = quantize_blockwise(weight, levels, 64)
-    arguments = (packed, absmax, levels, 64, weight.shape)
-    assert inspect_weight(*arguments, (-1, -5)) == inspect_weight(*arguments, (2, 0))
-    flat = (packed, absmax, levels, 64, (15,))
-    assert inspect_weight(*flat, -1) == inspect_weight(*flat, (14,))
-
-
-@pytest.mark.parametrize("index", [(3, 0), (0, 5), (-4, 0), (0,), (0, 0, 0), 4])
+@pytest.mark.parametrize("index", [(3, 0), (0, 5), (-4, 0), (-1, 0), (0,), (0, 0, 0)])
 def test_a_place_that_is_not_there_is_refused(index):
     packed, absmax = quantize_blockwise(random(3, 5), get_levels("nf4"), 64)
     with pytest.raises(QuantizationError, match=r"no weight at index .* shape \(3, 5\)"):
@@ -70,17 +53,17 @@ def test_too_few_bytes_or_levels_are_refused():
     levels = get_levels("nf4")
     packed, absmax = quantize_blockwise(random(130), levels, 64)
     with pytest.raises(QuantizationError, match="64 byte"):
-        inspect_weight(packed[:64], absmax, levels, 64, (130,), 129)
+        inspect_weight(packed[:64], absmax, levels, 64, (130,), (129,))
     with pytest.raises(QuantizationError, match=r"2 constant\(s\)"):
-        inspect_weight(packed, absmax[:2], levels, 64, (130,), 129)
-    with pytest.raises(QuantizationError, match="code 15 is beyond the 8 levels"):
-        inspect_weight(torch.tensor([[0xF0]]), torch.ones(1), levels[:8], 64, (1,), 0)
+        inspect_weight(packed, absmax[:2], levels, 64, (130,), (129,))
+    with pytest.raises(QuantizationError, match="8 levels .*index 15"):
+        inspect_weight(torch.tensor([[0xF0]]), torch.ones(1), levels[:8], 64, (1,), (0,))
 
 
 def test_what_it_prints_has_the_byte_in_hexadecimal_and_its_nibble_in_brackets():
     packed, absmax = quantize_blockwise(torch.tensor([-2.0, 2.0]), get_levels("nf4"), 64)
     first, second = (
-        str(inspect_weight(packed, absmax, get_levels("nf4"), 64, (2,), i)) for i in (0, 1)
+        str(inspect_weight(packed, absmax, get_levels("nf4"), 64, (2,), (i,))) for i in (0, 1)
     )
     assert "0x0F = [0000] 1111" in first and "0x0F = 0000 [1111]" in second
     assert "code         0, the high nibble" in first
@@ -162,7 +145,7 @@ def test_double_quantised_constants_and_missing_names_are_refused(linear4bit):
     with pytest.raises(QuantizationError, match="double-quantised, see chapter 3"):
         inspect_file(path, "up.weight", (0, 0))
     for name in ("down.weight", "a_norm"):
-        with pytest.raises(QuantizationError, match=f"'{name}' of .* is not a 4-bit weight"):
+        with pytest.raises(QuantizationError, match=f"must hold '{name}' in 4 bits"):
             inspect_file(path, name, (0, 0))
     with pytest.raises(QuantizationError, match="no weight at index"):
         inspect_file(linear4bit[False][0], "up.weight", (96, 0))
@@ -173,7 +156,7 @@ def test_a_file_without_its_constants_says_which_are_missing(linear4bit, tmp_pat
     del state["up.weight.absmax"]
     path = tmp_path / "torn.safetensors"
     save_file(state, path)
-    with pytest.raises(QuantizationError, match=r"no tensor 'up\.weight\.absmax'"):
+    with pytest.raises(QuantizationError, match=r"\('up\.weight\.absmax'\)"):
         inspect_file(path, "up.weight", (0, 0))
 
 
