@@ -29,12 +29,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer of the doctor.
-
-    >>> print(Finding("FAIL", "torch is missing", "make lab"))
-    FAIL  torch is missing
-          fix: make lab
-    """
+    """One answer of the doctor."""
 
     status: str  # "OK", "FAIL" or "INFO"
     what: str

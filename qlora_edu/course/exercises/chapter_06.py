@@ -339,10 +339,6 @@ ex_6_6 = Exercise(
         "full fine-tuning takes eight bytes a parameter, 60 GiB, before the first token": Seen(
             lambda: PROPOSALS["Anna"], lambda run: run["method"] == "full" and _spare(run) < 0
         ),
-        "without checkpointing every block keeps its activations: see plan.table(), forward": Seen(
-            lambda: PROPOSALS["Bela"],
-            lambda run: not run.get("gradient_checkpointing", True) and _spare(run) < 0,
-        ),
         "it does not fit: the base alone takes 15 GiB in 16 bits; see plan.table()": Seen(
             lambda: choose_run() | {"method": "lora"},
             lambda run: run["method"] != "qlora" and _spare(run) < 0,

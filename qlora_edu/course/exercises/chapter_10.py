@@ -417,9 +417,13 @@ ex_10_6 = _JudgeExercise(
             lambda row, first, second: _verdict(_shared(row, second), _shared(row, first)),
             lambda one, two, wanted, first, second: first == wanted and one == 0,
         ),
-        "fair, but it tells nothing: the right answer must beat an empty one": _seen(
-            lambda row, first, second: 0.5,
-            lambda one, two, wanted, first, second: first == wanted and second == "" and one == 0.5,
+        "fair, but it tells too little: the right answer must beat an empty one, and other words": (
+            _seen(
+                lambda row, first, second: 0.5,
+                lambda one, two, wanted, first, second: (
+                    first == wanted and not second.startswith(wanted) and one == 0.5
+                ),
+            )
         ),
     },
 )
