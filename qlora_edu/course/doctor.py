@@ -53,9 +53,7 @@ def packages() -> list[Finding]:
     """Ask whether each package of pyproject.toml is installed, at a version inside its range."""
     try:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        pins = re.findall(
-            r"^(\S+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
-        )
+        constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     except OSError as error:
         fix = "run the course from a clone of its repository, installed with `make lab`"
         return [Finding("FAIL", f"{error.filename} cannot be read", fix)]
@@ -63,6 +61,7 @@ def packages() -> list[Finding]:
         from packaging.requirements import Requirement
     except ImportError:
         return [Finding("FAIL", "the package packaging is missing", REINSTALL)]
+    pins = re.findall(r"^(\S+)==(\S+)", constraints, re.MULTILINE)
     tested = {name.lower(): version for name, version in pins}
     findings = [package(Requirement(line), tested) for line in project["dependencies"]]
     for line in project["optional-dependencies"]["lab"]:
@@ -162,16 +161,14 @@ def room(folder: Path = ROOT) -> list[Finding]:
         import psutil
 
         found.append(("memory", psutil.virtual_memory().total, 4))
-    return [
-        Finding("OK", f"{name}: {size / GIB:.0f} GiB")
-        if size >= needed * GIB
-        else Finding(
-            "FAIL",
-            f"{name}: {size / GIB:.1f} GiB; the course needs {needed}",
-            "free some, or use a machine with more",
-        )
-        for name, size, needed in found
-    ]
+    findings = []
+    for name, size, needed in found:
+        if size < needed * GIB:
+            what = f"{name}: {size / GIB:.1f} GiB; the course needs {needed}"
+            findings.append(Finding("FAIL", what, "free some, or use a machine with more"))
+        else:
+            findings.append(Finding("OK", f"{name}: {size / GIB:.0f} GiB"))
+    return findings
 
 
 def bf16_processor() -> list[Finding]:

@@ -137,7 +137,7 @@ ex_8_3 = Exercise(
         "only the first end token is the answer's; those after it are padding, to be ignored": (
             partial(_labels, padding=True)
         ),
-        "the prompt has labels: it is read, and not to be written": (partial(_labels, prompt=True)),
+        "the prompt has labels: it is read, and not to be written": partial(_labels, prompt=True),
         "a prompt may hold end tokens too, of earlier turns: look for the first one after it": (
             partial(_labels, anywhere=True)
         ),

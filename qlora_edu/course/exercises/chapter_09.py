@@ -24,7 +24,7 @@ ex_9_1 = Exercise(
     [(1000, 4, 8, 3), (96, 2, 16, 2), (101, 10, 1, 2)],
     because={
         "those are forward and backward passes; a step comes after gradient_accumulation_steps of "
-        "them": (lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch)),
+        "them": lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch),
         "the last, smaller batch of an epoch is a step too: round up": (
             lambda rows, batch, gathered, epochs: epochs * (rows // (batch * gathered))
         ),

@@ -236,17 +236,25 @@ def how_to_serve(
     tasks: int, base_16_bytes: int, base_4_bytes: int, adapter_bytes: int, card_bytes: int
 ) -> str | None:
     """The fastest way in which all tasks are on the card at once; None if there is none."""
-    return _serve(lambda *sizes: {})(tasks, base_16_bytes, base_4_bytes, adapter_bytes, card_bytes)
+    beside = tasks * adapter_bytes
+    needed = {
+        "merged": tasks * base_16_bytes,
+        "shelf": base_16_bytes + beside,
+        "4-bit shelf": base_4_bytes + beside,
+    }
+    return _first_that_fits(needed, card_bytes)
 
 
-def _serve(changes):
-    """Make an answer for which some ways need other bytes, a function of the four sizes."""
+def _first_that_fits(needed, card):
+    return next((way for way, size in needed.items() if size <= card), None)
 
-    def choose(tasks, base_16, base_4, adapter, card):
-        shelf, small_shelf = base_16 + tasks * adapter, base_4 + tasks * adapter
-        needed = {"merged": tasks * base_16, "shelf": shelf, "4-bit shelf": small_shelf}
-        needed |= changes(tasks, base_16, base_4, adapter)
-        return next((way for way, size in needed.items() if size <= card), None)
+
+def _serve(needed):
+    """Make an answer for which the three ways need other bytes."""
+
+    def choose(*sizes):
+        ways = ("merged", "shelf", "4-bit shelf")
+        return _first_that_fits(dict(zip(ways, needed(*sizes[:4]), strict=True)), sizes[4])
 
     return choose
 
@@ -282,20 +290,19 @@ ex_10_5 = Exercise(
     _shelves,
     because={
         "a merged checkpoint does one task; with several tasks each needs a whole one": (
-            _serve(lambda tasks, base_16, base_4, adapter: {"merged": base_16})
+            _serve(lambda n, big, small, one: (big, big + n * one, small + n * one))
         ),
-        "the adapters are on the card as well, one for each task": _serve(
-            lambda tasks, base_16, base_4, adapter: {"shelf": base_16, "4-bit shelf": base_4}
+        "the adapters are on the card as well, one for each task": (
+            _serve(lambda n, big, small, one: (n * big, big, small))
         ),
         "the shelf saves bytes and costs time in every layer; where a merged checkpoint for each "
-        "task fits, merged is faster": _serve(lambda *sizes: {"merged": math.inf}),
+        "task fits, merged is faster": _serve(
+            lambda n, big, small, one: (math.inf, big + n * one, small + n * one)
+        ),
         "merged here means 16 bits: to quantise a merged weight again rounds away part of what was "
-        "trained": _serve(lambda tasks, base_16, base_4, adapter: {"merged": tasks * base_4}),
-        "a shelf has one base, which all tasks share": _serve(
-            lambda tasks, base_16, base_4, adapter: {
-                "shelf": tasks * (base_16 + adapter),
-                "4-bit shelf": tasks * (base_4 + adapter),
-            }
+        "trained": _serve(lambda n, big, small, one: (n * small, big + n * one, small + n * one)),
+        "a shelf has one base, which all tasks share": (
+            _serve(lambda n, big, small, one: (n * big, n * (big + one), n * (small + one)))
         ),
     },
 )
