@@ -49,14 +49,7 @@ def label_line(
 def label_bars(
     ax: Axes, bars: BarContainer, labels: Iterable[str] | None = None, *, fmt: str = "{:.3g}"
 ) -> None:
-    """Write each bar's value, or the text given for it, at the end of the bar.
-
-    >>> figure, ax = plt.subplots()
-    >>> label_bars(ax, ax.bar(["NF4", "INT4"], [0.0728, 0.0876]))
-    >>> [text.get_text() for text in ax.texts]
-    ['0.0728', '0.0876']
-    >>> plt.close(figure)
-    """
+    """Write each bar's value, or the text given for it, at the end of the bar."""
     ax.bar_label(bars, labels=None if labels is None else list(labels), fmt=fmt, padding=3)
 
 
@@ -69,6 +62,20 @@ def level_ticks(ax: Axes, levels: Iterable[float], color: str, *, height: float 
 def picture(name: str) -> SVG:
     """Show a picture of `docs/` in a notebook, by its name."""
     return SVG(filename=str(ROOT / "docs" / f"{name}.svg"))
+
+
+def paint(color: str, hatch: str = "") -> dict[str, object]:
+    """How to fill a part of a bar; hatched is what is trained, in pale."""
+    edge = PALETTE["adapter"] if hatch else color
+    return {"facecolor": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0}
+
+
+def words_png(words: str) -> bytes:
+    """Say in the place of a figure why there is none."""
+    figure, ax = plt.subplots(figsize=(9.5, 3.8))
+    ax.text(0.5, 0.5, words, ha="center", va="center", wrap=True)
+    ax.axis("off")
+    return figure_png(figure)
 
 
 def figure_png(figure: Figure, *, dpi: int = 100) -> bytes:

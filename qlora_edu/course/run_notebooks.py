@@ -30,13 +30,7 @@ SECONDS_PER_CELL = 600
 
 
 def run(path: Path) -> NotebookNode:
-    """Execute a notebook in a fresh kernel, in its own folder, and return it with its outputs.
-
-    Raises:
-        CellExecutionError: a cell raised; the message shows the cell and its traceback.
-        CellTimeoutError: a cell took longer than `SECONDS_PER_CELL`.
-        DeadKernelError: the kernel died, which is most often a lack of memory.
-    """
+    """Execute a notebook in a fresh kernel, in its own folder, and return it with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -58,14 +52,7 @@ def run(path: Path) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """Remove, in place, what says nothing about the course; return the notebook.
-
-    >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
-    >>> notebook.metadata.widgets = {"state": {}}
-    >>> notebook.cells[0].metadata.execution = {"iopub.status.busy": "2026-01-01"}
-    >>> sorted(clean(notebook).metadata), notebook.cells[0].metadata
-    (['kernelspec', 'language_info'], {})
-    """
+    """Remove, in place, what says nothing about the course; return the notebook."""
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     language = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})

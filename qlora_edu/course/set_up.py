@@ -25,11 +25,7 @@ class SetUpError(RuntimeError):
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> None:
-    """Refuse a Python that the course is not tested with, or one without venv.
-
-    Raises:
-        SetUpError: the version is outside 3.11 to 3.14, or Debian's python3-venv is missing.
-    """
+    """Refuse a Python that the course is not tested with, or one without venv."""
     found = ".".join(map(str, version))
     if not (3, 11) <= version <= (3, 14):
         raise SetUpError(
@@ -44,11 +40,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> None:
 
 
 def pinned_torch(constraints: str) -> str:
-    """Read the tested version of torch out of the text of constraints.txt.
-
-    >>> pinned_torch("tokenizers==0.23.3\\ntorch==2.13.0\\ntornado==6.6.1\\n")
-    '2.13.0'
-    """
+    """Read the tested version of torch out of the text of constraints.txt."""
     match = re.search(r"^torch==(\S+)$", constraints, re.MULTILINE)
     if match is None:
         raise SetUpError("constraints.txt has no line torch==...; restore it from git")

@@ -344,10 +344,9 @@ def test_other_arguments_than_the_stubs_are_told_as_such():
 
 def test_a_function_is_found_by_the_name_of_the_stub(capsys):
     namespace = {"toy": TOY, "scale": lambda x, y, factor: factor * x + y}
-    exec("toy('scale'); toy('scaale'); toy('quantise'); toy('toy')", namespace)
+    exec("toy('scale'); toy('quantise'); toy('toy')", namespace)
     out = capsys.readouterr().out.replace("\n            ", " ")
     assert out.startswith("✓ 9.9 scaled (2 cases)\n✗ 9.9 scaled\n")
-    assert "there is no function `scaale` here; did you mean `scale`? keep the name of the" in out
     assert "there is no function `quantise` here; run the cell above" in out
 
 
@@ -403,7 +402,6 @@ def test_every_part_of_a_repair_that_is_left_is_told():
     assert exercise.judge(lambda x: x * 2 + torch.ones(len(x) - 2)).because == (
         "it is doubled; and short"
     )
-    exercise.because["a wrong answer that never returns"] = lambda x: x.missing
     stops = exercise.judge(lambda x: x.missing).because
     assert stops == "your function stopped before it returned; Hint 1 may help"
 
@@ -464,12 +462,12 @@ def test_an_answer_takes_the_form_of_the_reference_where_nothing_is_lost():
         (torch.ones(3), torch.ones(2), "the shape is (3,), it should be (2,)"),
         (torch.tensor([1.0, torch.nan]), torch.ones(2), "there is a NaN or an infinity in it"),
         ("ones", torch.ones(2), "yours is of type str, not Tensor"),
-        ([1, 2, 9, 9], [1, 2, 3, 4], "right shape, the first 2 of 4 are right"),
-        ([9, 2, 9, 4], [1, 2, 3, 4], "right shape, 2 of 4 are wrong, the first is number 0"),
+        ([1, 2, 9, 9], [1, 2, 3, 4], "2 of 4 are wrong, the first at index [2]"),
         (torch.eye(6), torch.eye(6) * torch.tensor([1, 1, 1, 2, 1, 2.0])[:, None],
-         "right shape, wrong in rows 3 and 5 (counted from 0)"),
-        ((1, "b", 3), (1, "a", 3), "the second of 3 is wrong, the others are right"),
-        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "wrong under 'b', the others are right"),
+         "2 of 36 are wrong, the first at index [3, 3]"),
+        ((1, "b", 3), (1, "a", 3), "1 of 3 are wrong, the first at index [1]"),
+        (("a", "b"), ("a", "b", "c"), "there are 2 items, it should be 3"),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "wrong under 'b'"),
         ({"a": 1, "c": 2}, {"a": 1, "b": 2}, "the keys differ: 'b', 'c'"),
         (1.5, 2.5, ""),
     ],

@@ -27,9 +27,6 @@ ex_0_1 = Exercise(
         ),
         "that is in bytes; divide by 10⁹ for GB": lambda n, bits: n * bits / 8,
         "that is in MB (10⁶ bytes); a GB is 10⁹ bytes": lambda n, bits: n * bits / 8 / 1e6,
-        "4.5 bits are not a whole number of bytes; divide with /, not //": (
-            lambda n, bits: n * (bits // 8) / 1e9
-        ),
     },
 )
 
@@ -42,11 +39,6 @@ def snap_to_levels(weights: Tensor, levels: Tensor) -> Tensor:
 
 def _codes(x, levels):
     return (x[..., None] - levels).abs().argmin(dim=-1)
-
-
-def _even_grid(weights, levels):
-    steps, absmax = len(levels) - 1, weights.abs().max()
-    return (((weights / absmax + 1) * steps / 2).round() * 2 / steps - 1) * absmax
 
 
 def _weights_and_levels(random: torch.Generator) -> Inputs:
@@ -82,14 +74,6 @@ ex_0_2 = Exercise(
         "these are the codes (indices); look the levels up with them": (
             lambda weights, levels: _codes(weights / weights.abs().max(), levels)
         ),
-        "that is right for evenly spaced levels only; find the nearest of the `levels` given": (
-            _even_grid
-        ),
-        "one absmax for the whole tensor is asked for, not one for each row": (
-            lambda weights, levels: torch.stack(
-                [snap_to_levels(row, levels) for row in weights.reshape(-1, weights.shape[-1])]
-            ).reshape(weights.shape)
-        ),
     },
 )
 
@@ -122,14 +106,8 @@ ex_0_3 = Exercise(
         "that is the lower road alone; the frozen W x must be added": (
             lambda x, W, A, B, alpha, r: _layer(x, 0 * W, A, B, alpha / r)
         ),
-        "that is the frozen W x alone; the adapter's part is to be added": (
-            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, 0)
-        ),
         "the factor is upside down: α/r, not r/α": (
             lambda x, W, A, B, alpha, r: _layer(x, W, A, B, r / alpha)
-        ),
-        "that divides by √r, as a variant of LoRA does (rsLoRA); here it is α/r": (
-            lambda x, W, A, B, alpha, r: _layer(x, W, A, B, alpha / r**0.5)
         ),
         "the factor α/r belongs to the adapter alone, not to W x": (
             lambda x, W, A, B, alpha, r: alpha / r * _layer(x, W, A, B, 1)
@@ -151,20 +129,11 @@ ex_0_4 = Exercise(
         "that counts A alone; B is stored and trained too": (
             lambda shapes, r: sum(r * n_in for _, n_in in shapes)
         ),
-        "that counts B alone; A is stored and trained too": (
-            lambda shapes, r: sum(r * n_out for n_out, _ in shapes)
-        ),
         "that counts W, which is frozen; the adapter's count does not multiply out by in": (
             lambda shapes, r: sum(n_out * n_in for n_out, n_in in shapes)
         ),
         "r × out × in is larger than W itself; A has r × in numbers and B has out × r": (
             lambda shapes, r: sum(r * n_out * n_in for n_out, n_in in shapes)
-        ),
-        "r appears once in each of the two shapes; the sum is r × (out + in)": (
-            lambda shapes, r: r * trained_parameters(shapes, r)
-        ),
-        "layers of the same shape have an adapter each; count every one of the list": (
-            lambda shapes, r: trained_parameters(set(shapes), r)
         ),
     },
 )

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from qlora_edu.codebooks import (
     assign,
-    entropy_bits,
     get_levels,
-    level_usage,
     lloyd_max_levels,
     nf4_levels,
     normal_quantile,
@@ -33,9 +31,6 @@ ex_1_1 = Exercise(
         ),
         "absmax is a magnitude: a negative weight divided by it gives -1, not +1": (
             lambda: [0.0] * 15 + [1.0]
-        ),
-        "level 7 is the exact zero; a weight divided by its own magnitude is never 0": (
-            lambda: [0.0] * 7 + [1.0] + [0.0] * 8
         ),
         "these are percent; shares sum to 1": lambda: [50] + [0] * 14 + [50],
         "that is a bell, as blocks of many weights give; here each block holds one weight": Seen(
@@ -82,9 +77,6 @@ ex_1_2 = Exercise(
         "these are the levels; the answer is their indices, the codes": (
             lambda x, levels: levels[torch.bucketize(x, _midpoints(levels))]
         ),
-        "that is right for evenly spaced levels only; these are not": (
-            lambda x, levels: ((x + 1) / 2 * (len(levels) - 1)).round()
-        ),
     },
 )
 
@@ -112,12 +104,6 @@ ex_1_3 = Exercise(
         ),
         "one number is not a rule: 0.9677083 is 929/960 cut to seven digits, for 4 bits; with "
         "another number of bits there are other cells": lambda bits: 0.9677083,
-        "that is the probability beyond the outermost level; the offset is the one below it": (
-            lambda bits: 1 - offset_for(bits)
-        ),
-        "16/17 is the outermost finite edge of equation 4; NF4 does not use it": (
-            lambda bits: 2**bits / (2**bits + 1)
-        ),
     },
 )
 
@@ -204,13 +190,6 @@ def _scaled_error(blocks, back):
     return ((back - blocks) / blocks.abs().amax(dim=1, keepdim=True)).abs().mean()
 
 
-def _most_even(weights, blocksize, tables):
-    blocks = weights.reshape(-1, blocksize)
-    scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
-    entropies = {n: entropy_bits(level_usage(assign(scaled, t))) for n, t in tables.items()}
-    return max(entropies, key=entropies.get)
-
-
 @cache
 def _tables(blocksize):
     return {name: get_levels(name, blocksize) for name in ("nf4", "int4", "af4", "fp4-e3m0")}
@@ -240,9 +219,6 @@ ex_1_5 = Exercise(
         "NF4 is not always best: it depends on the distribution and on the block size; measure": (
             lambda weights, blocksize, tables: "nf4"
         ),
-        "that is the table of the *largest* error": lambda weights, blocksize, tables: _least(
-            weights, blocksize, tables, lambda x, back: -(back - x).abs().mean()
-        ),
         "that is the least mean *squared* error; the least mean absolute error is another table's "
         "in one of the jobs": lambda weights, blocksize, tables: _least(
             weights, blocksize, tables, lambda x, back: (back - x).square().mean()
@@ -253,8 +229,6 @@ ex_1_5 = Exercise(
         "that is one absmax for all weights; each block of `blocksize` weights has its own": (
             lambda weights, blocksize, tables: best_table(weights, len(weights), tables)
         ),
-        "that is the table of the largest entropy; levels used evenly are not levels of the "
-        "smallest error": _most_even,
     },
 )
 

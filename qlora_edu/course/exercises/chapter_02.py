@@ -37,15 +37,6 @@ ex_2_1 = Exercise(
         "a larger block makes a weight cheaper: the block size stands below the line": (
             lambda code, size, constant: code + size / constant
         ),
-        "those are the bits of a whole block; divide by its number of weights": (
-            lambda code, size, constant: code * size + constant
-        ),
-        "a share of a bit counts: divide with / and not with //": (
-            lambda code, size, constant: code + constant // size
-        ),
-        "the constants are not always 32 bits: take constant_bits": (
-            lambda code, size, constant: code + 32 / size
-        ),
     },
 )
 
@@ -82,16 +73,8 @@ ex_2_2 = Exercise(
         "four bits for each are too many: a shift by 4 is for nibbles, these codes take 2 bits": (
             lambda codes: _weighed(_fours(codes), 4096, 256, 16, 1) % 256
         ),
-        "a 2-bit place counts to 4, so each place is worth four times the next and not ten": (
-            lambda codes: _weighed(_fours(codes), 1000, 100, 10, 1) % 256
-        ),
-        "neighbours share a byte: codes 0 to 3, then 4 to 7, not one from each quarter of the "
-        "tensor": lambda codes: _weighed(_fours(codes).view(4, -1).T, 64, 16, 4, 1),
         "codes left over at the end need one more byte, filled up with zeros": (
             lambda codes: pack_quarters(codes[: len(codes) // 4 * 4])
-        ),
-        "the zeros that fill the last byte up come after the codes, not before them": (
-            lambda codes: pack_quarters(F.pad(codes, (-len(codes) % 4, 0)))
         ),
     },
 )
@@ -141,10 +124,6 @@ ex_2_3 = Exercise(
         "the position decides and not the column: a row may begin in the middle of a byte": (
             _misplaced(half=lambda r, c, n, size: ("high", "low")[c % 2])
         ),
-        "return (byte, half, block), in this order": lambda *place: where_is(*place)[::-1],
-        "the block size counts weights and not bytes": (
-            _misplaced(block=lambda r, c, n, size: (r * n + c) // 2 // size)
-        ),
     },
 )
 
@@ -178,11 +157,6 @@ ex_2_4 = Exercise(
         "weights beside an outlier lie near zero: only the gaps next to zero matter": (
             lambda levels: 2 / levels.diff().max().item()
         ),
-        "that is the size of the other weights against the outlier; the question is how many times "
-        "larger the outlier is": lambda levels: 1 / deadly_ratio(levels),
-        "the outlier itself is at ±1 in every table; look at the levels next to zero": (
-            lambda levels: 2 / levels.abs().max().item()
-        ),
     },
 )
 
@@ -209,12 +183,6 @@ def _small_tensors(random: torch.Generator) -> Inputs:
         yield pack_nibbles(codes), absmax, levels, blocksize, shape
 
 
-def _keeps_the_filling(packed, absmax, levels, size, shape):
-    n = 2 * len(packed)
-    shape = shape if math.prod(shape) == n else (n,)
-    return repaired_reader(packed, torch.cat([absmax, absmax[-1:]]), levels, size, shape)
-
-
 def _reader(packed, absmax, levels, size, shape, **faults):
     """The notebook's broken reader, with those of its faults that are named, or with another."""
     n = math.prod(shape)
@@ -227,7 +195,7 @@ def _reader(packed, absmax, levels, size, shape, **faults):
         block = place // columns * -(-columns // size) + place % columns // size
         constants = absmax[block.clamp(max=len(absmax) - 1)]
     else:
-        constants = absmax[place // (2 * size if "of_bytes" in faults else size)]
+        constants = absmax[place // size]
     values = levels[(codes if "uncut" in faults else codes[:n]).long()]
     return (values if "bare" in faults else values * constants).reshape(shape)
 
@@ -249,35 +217,29 @@ ex_2_5 = Exercise(
         ),
         "the blocks were made from the flat tensor and run on across rows; do not begin a new one "
         "with each row": partial(_reader, restart=True),
-        "the block size counts weights, and a byte holds two of them": (
-            partial(_reader, of_bytes=True)
-        ),
         "these are the levels, between -1 and 1; each is to be multiplied by its block's absmax": (
             partial(_reader, bare=True)
-        ),
-        "an odd number of weights leaves a nibble over: cut the codes, and keep the shape": (
-            _keeps_the_filling
         ),
     },
 )
 
 
-def _largest_within(weights, levels, limit, error=torch.abs, reduce=torch.mean, share=True):
-    """The largest block size whose error, measured in this way, is within the limit; or 0."""
-
-    def size_of(x):
-        return reduce(error(x).double())
-
-    whole = size_of(weights) if share else 1
-    fits = [
-        b for b in BLOCKSIZES if size_of(read_back(weights, levels, b) - weights) / whole <= limit
-    ]
-    return max(fits, default=0)
-
-
 def largest_blocksize(weights: Tensor, levels: Tensor, limit: float) -> int:
     """The largest block size whose mean error is at most `limit` of the mean magnitude, or 0."""
-    return _largest_within(weights, levels, limit)
+    return _largest_within(weights, levels, limit, _mean_size(weights))
+
+
+def _mean_size(x):
+    return x.abs().double().mean()
+
+
+def _root_mean_square(x):
+    return x.double().square().mean().sqrt()
+
+
+def _largest_within(weights, levels, limit, whole, size_of=_mean_size):
+    errors = {size: read_back(weights, levels, size) - weights for size in BLOCKSIZES}
+    return max((n for n, error in errors.items() if size_of(error) <= limit * whole), default=0)
 
 
 def heavy_tails(n: int, generator: torch.Generator) -> Tensor:
@@ -301,13 +263,10 @@ ex_2_6 = Exercise(
     _budgets,
     because={
         "the limit is a share: divide the mean error by the mean magnitude of the weights": (
-            lambda *given: _largest_within(*given, share=False)
+            lambda *given: _largest_within(*given, whole=1)
         ),
         "that compares root mean squares; the limit is about mean absolute values": (
-            lambda *given: _largest_within(*given, reduce=lambda x: x.square().mean().sqrt())
-        ),
-        "that is the smallest block that keeps to the limit, the dearest one; find the largest": (
-            lambda *given: BLOCKSIZES[0] if largest_blocksize(*given) else 0
+            lambda *given: _largest_within(*given, _root_mean_square(given[0]), _root_mean_square)
         ),
         "no block size keeps to this limit: say so, with 0": Seen(
             lambda *given: largest_blocksize(*given) or None,
@@ -315,9 +274,6 @@ ex_2_6 = Exercise(
         ),
         "64 is only the default: it depends on the weights, the table and the limit; measure": (
             lambda *given: 64
-        ),
-        "that looks at the largest error of one weight; the limit is about the mean": (
-            lambda *given: _largest_within(*given, reduce=torch.max)
         ),
     },
 )

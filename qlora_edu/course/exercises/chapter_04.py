@@ -42,9 +42,6 @@ ex_4_1 = Exercise(
         "the budget is for all layers together: add up out + in first, then divide": (
             lambda shapes, budget: min(budget // (out + into) for out, into in shapes)
         ),
-        "not every layer is as large as the first: add up each layer's own out + in": (
-            lambda shapes, budget: budget // (len(shapes) * sum(shapes[0]))
-        ),
     },
 )
 
@@ -86,12 +83,6 @@ ex_4_2 = Exercise(
         ),
         "you took the root at the end: that is a share of the length, not of the energy": (
             lambda values, share: _first_with(energy_kept(values).sqrt(), share)
-        ),
-        "that would be right if all directions were equally strong; add up what they hold": (
-            lambda values, share: math.ceil(share * len(values))
-        ),
-        "you asked for 1 − share: what may be *lost*, not what must be kept": (
-            lambda values, share: _first_with(energy_kept(values), 1 - share)
         ),
     },
 )
@@ -141,35 +132,17 @@ ex_4_3 = Exercise(
         "the factor is α/r; with α alone each change is r times too large": (
             _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1, alpha2))
         ),
-        "α/√r is rsLoRA; these adapters were trained with α/r": (
-            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1**0.5, alpha2 / r2**0.5))
-        ),
         "each adapter brings its own α: the second was trained with alpha2": (
             _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha1 / r2))
         ),
         "each adapter brings its own rank: that of the second is the number of rows of A2": (
             _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha2 / r1))
         ),
-        "each adapter brings its own α and its own rank; the second has those of the first": (
-            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, alpha1 / r1))
-        ),
         "stacked or not, each α is divided by the rank that it was trained with, not by r₁ + r₂": (
             _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / (r1 + r2), alpha2 / (r1 + r2)))
         ),
         "this is ΔW transposed, [in, out]: W is [out, in], so the product is B @ A": (
             lambda W, *adapters: W + with_both(0 * W, *adapters).T
-        ),
-        "that is a swap: the first adapter is gone; here both act": (
-            _scaled_by(lambda alpha1, r1, alpha2, r2: (0, alpha2 / r2))
-        ),
-        "the second adapter is missing: here both act": (
-            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1, 0))
-        ),
-        "that halves both changes; merging adds them": (
-            _scaled_by(lambda alpha1, r1, alpha2, r2: (alpha1 / r1 / 2, alpha2 / r2 / 2))
-        ),
-        "those are the changes alone; they are to be added to W": (
-            lambda W, *adapters: with_both(0 * W, *adapters)
         ),
     },
 )
@@ -204,8 +177,6 @@ ex_4_4 = Exercise(
         ),
         "with B = 0 and A random it is B that learns first: each gradient has the *other* factor "
         "in it. (And A is returned first.)": lambda a, b, step: gets_gradient(a, b, step)[::-1],
-        "two faults are left: in step 1 each hangs on the *other* being different from zero, and "
-        "two zeros never wake up": lambda a, b, step: (True, True) if step > 1 else (not a, not b),
     },
 )
 
@@ -250,21 +221,8 @@ ex_4_5 = Exercise(
             scaled_base="W x and the bias are multiplied too: α/r belongs to the adapter alone",
             undivided="the factor is α/r, and r is the number of rows of A",
         ),
-        "r is the number of *rows* of A; its columns are the layer's inputs": (
-            lambda x, W, bias, A, B, lora_alpha, keep: repaired_forward(
-                x, W, bias, A, B, lora_alpha * len(A) / A.shape[1], keep
-            )
-        ),
-        "the bias is gone: it belongs to the frozen layer": (
-            lambda x, W, bias, *rest: repaired_forward(x, W, 0 * bias, *rest)
-        ),
         "`keep` is not used: in training the adapter's input has holes": (
             lambda *layer: repaired_forward(*layer[:-1], torch.ones_like(layer[-1]))
-        ),
-        "`keep` has the shape of the input, one factor for each number that goes into A": (
-            lambda x, W, bias, A, B, lora_alpha, keep: (
-                x @ W.T + bias + lora_alpha / len(A) * (x @ A.T @ B.T) * keep[:, :1]
-            )
         ),
     },
 )

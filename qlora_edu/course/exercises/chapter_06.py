@@ -38,16 +38,8 @@ ex_6_1 = Exercise(
         "its square": _beside_the_frozen(lambda own, state: 2 * own + state),
         "the states have a width of their own, state_bytes; 32-bit states beside 16-bit parameters "
         "are common": _beside_the_frozen(lambda own, state: 4 * own),
-        "a copy in 32 bits would be one more number for each trained one; nothing was said of it": (
-            _beside_the_frozen(lambda own, state: 2 * own + 2 * state + 4)
-        ),
         "frozen_bits are bits: eight of them are a byte": (
             lambda frozen, bits, *trained: held_bytes(frozen, 8 * bits, *trained)
-        ),
-        "only frozen_bits are bits; trained_bytes and state_bytes are bytes already": (
-            lambda frozen, bits, trained, *widths: (
-                held_bytes(frozen, bits, 0, *widths) + held_bytes(0, bits, trained, *widths) / 8
-            )
         ),
         "what is frozen has no gradient and no optimizer state: that is what freezing saves": Seen(
             lambda frozen, bits, trained, own, state: (
@@ -81,24 +73,9 @@ ex_6_2 = Exercise(
         "inside a segment nothing is kept on the way forward: one input for each segment": (
             lambda blocks, every, block, boundary: blocks * boundary + every * block
         ),
-        "that is worse than no checkpointing: a segment's activations go before the next segment "
-        "is computed again": (
-            lambda blocks, every, block, boundary: blocks // every * boundary + blocks * block
-        ),
-        "boundaries and the segment in hand are there at the same time: add them": (
-            lambda blocks, every, block, boundary: max(blocks // every * boundary, every * block)
-        ),
-        "`every` blocks make a segment, and blocks // every is the number of segments: the other "
-        "way round": (lambda blocks, every, block, boundary: blocks // every * (boundary + block)),
         "the two counts have changed places: blocks // every inputs are kept, and `every` blocks "
         "are recorded": (
             lambda blocks, every, block, boundary: every * boundary + blocks // every * block
-        ),
-        "the first segment's input is kept like all others, and that of the segment in hand stays "
-        "beside what its blocks keep: blocks // every inputs": (
-            lambda blocks, every, block, boundary: (
-                bytes_kept(blocks, every, block, boundary) - boundary
-            )
         ),
     },
 )
@@ -184,17 +161,6 @@ def _without_dropout(block, x, grad_y, rng_state):
     return leaf.grad
 
 
-def _output_times_gradient(block, x, grad_y, rng_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng_state)
-        return block(x).detach() * grad_y
-
-
-def _ones(wrong):
-    """The same wrong answer with ones in the place of grad_y."""
-    return lambda block, x, grad_y, state: wrong(block, x, torch.ones_like(grad_y), state)
-
-
 def _has_another_draw(yours, expected, block, x, grad_y, rng_state):
     """Is there a pattern of dropped outputs that explains the first row of the answer?"""
     weight = block.weight.detach()
@@ -205,10 +171,6 @@ def _has_another_draw(yours, expected, block, x, grad_y, rng_state):
         if torch.allclose(leaf.grad, yours[0], atol=1e-5):
             return True
     return False
-
-
-def _ones_and_another_draw(yours, expected, block, x, grad_y, rng_state):
-    return _has_another_draw(yours, expected, block, x, torch.ones_like(grad_y), rng_state)
 
 
 def _draws(random: torch.Generator) -> Inputs:
@@ -226,21 +188,15 @@ ex_6_4 = Exercise(
         "nothing came back: without a `return`, or from x.grad of an x that collects no gradient; "
         "make a leaf of it with x.detach().requires_grad_()": lambda *given: None,
         "y.sum().backward() sends a one to every output; what arrives there is grad_y: "
-        "y.backward(grad_y)": _ones(recomputed_gradient),
-        "grad_y goes in where the backward pass begins, with y.backward(grad_y); multiplied "
-        "afterwards it meets another place of the block": lambda block, x, grad_y, rng_state: (
-            _ones(recomputed_gradient)(block, x, grad_y, rng_state) * grad_y
+        "y.backward(grad_y)": lambda block, x, grad_y, rng_state: recomputed_gradient(
+            block, x, torch.ones_like(grad_y), rng_state
         ),
-        "that multiplies grad_y by the output; go back through the block with y.backward(grad_y), "
-        "and return the gradient of its input": _output_times_gradient,
         "without dropout it is another function; the second forward pass must drop what the first "
         "one dropped": _without_dropout,
         "dropout fell otherwise than in the forward pass: restore its random state with "
         "torch.set_rng_state(rng_state) before the block runs again": Seen(
             _with_another_draw, _has_another_draw
         ),
-        "two faults are left: ones were sent back and not grad_y, and dropout fell otherwise than "
-        "in the forward pass": Seen(_ones(_with_another_draw), _ones_and_another_draw),
     },
 )
 
@@ -303,14 +259,8 @@ ex_6_5 = Exercise(
             lambda peak, room: max(1, longest_that_fits(peak, room)),
             lambda yours, expected, peak, room: expected == 0,
         ),
-        "lengths go up to 2²⁰ − 1: begin with high = 2**20, a length that is not asked for": (
-            lambda peak, room: min(longest_that_fits(peak, room), LONGEST - 2)
-        ),
         "a mask makes the peak grow with the square of the length: ask `peak`, and do not divide": (
             _by_division
-        ),
-        "doubling stops at a power of two below the answer; go on and halve the interval": (
-            lambda peak, room: 2 ** (max(1, longest_that_fits(peak, room)).bit_length() - 1)
         ),
     },
 )
@@ -388,10 +338,6 @@ ex_6_6 = Exercise(
         ),
         "full fine-tuning takes eight bytes a parameter, 60 GiB, before the first token": Seen(
             lambda: PROPOSALS["Anna"], lambda run: run["method"] == "full" and _spare(run) < 0
-        ),
-        "without checkpointing every block keeps its activations: see plan.table(), forward": Seen(
-            lambda: PROPOSALS["Bela"],
-            lambda run: not run.get("gradient_checkpointing", True) and _spare(run) < 0,
         ),
         "it does not fit: the base alone takes 15 GiB in 16 bits; see plan.table()": Seen(
             lambda: choose_run() | {"method": "lora"},

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, chose
+from qlora_edu.course.exercises.core import Exercise, Inputs, Seen, chose, faults_left
 from qlora_edu.text.conversations import IGNORED
 from qlora_edu.training import learning_rate_at
 
@@ -37,17 +37,6 @@ ex_8_1 = Exercise(
         "that is the sum over the tokens; the loss of a step is their mean": _sum_of_losses,
         "divide by the number of tokens, not by the number of micro-batches": (
             lambda means, tokens: _sum_of_losses(means, tokens) / len(means)
-        ),
-        "a micro-batch with more answer tokens weighs more, not less": (
-            lambda means, tokens: (
-                sum(m / n for m, n in zip(means, tokens, strict=True)) / sum(1 / n for n in tokens)
-            )
-        ),
-        "that adds up the means: a mean times its tokens is what a micro-batch adds to the sum": (
-            lambda means, tokens: sum(means)
-        ),
-        "divided by all tokens, but the means are not yet sums: multiply each by its tokens": (
-            lambda means, tokens: sum(means) / sum(tokens)
         ),
     },
 )
@@ -88,20 +77,11 @@ ex_8_2 = Exercise(
         "a cosine ends at −1, and a rate at 0: take (1 + cos) / 2": (
             _down_by(lambda step, warmup, total: math.cos(math.pi * _done(step, warmup, total)))
         ),
-        "half a wave is meant, from the top to the bottom: it is flat at both ends": (
-            _down_by(lambda step, warmup, total: math.cos(math.pi / 2 * _done(step, warmup, total)))
-        ),
         "that falls along a line; a cosine is flat at first": (
             _down_by(lambda step, warmup, total: 1 - _done(step, warmup, total))
         ),
         "the fall takes total − warmup steps, not total: subtract `warmup` below the line too": (
             _down_by(lambda step, warmup, total: _half_wave((step - warmup) / total))
-        ),
-        "the rate is 0 at step `total`, which is one after the last: divide by total − warmup": (
-            _down_by(lambda step, warmup, total: _half_wave((step - warmup) / (total - 1 - warmup)))
-        ),
-        "the line and the cosine come one after the other; you multiplied the two": (
-            lambda step, lr, warmup, total: lr * min(1, step / warmup) * _half_wave(step / total)
         ),
     },
 )
@@ -117,26 +97,14 @@ def labels_with_end(ids: Tensor, prompt_lengths: Sequence[int], end: int) -> Ten
 
 
 def _labels(
-    ids,
-    prompt_lengths,
-    end,
-    *,
-    shift=False,
-    no_end=False,
-    padding=False,
-    prompt=False,
-    from_start=False,
-    last=False,
+    ids, prompt_lengths, end, no_end=False, shift=False, padding=False, prompt=False, anywhere=False
 ):
     """The right labels, with a switch for each mistake."""
     labels = ids.clone()
     for row, length in zip(labels, prompt_lengths, strict=True):
-        ends = [i for i in range(0 if from_start else length, len(row)) if row[i] == end]
-        stop = ends[0] if ends else len(row)
-        if last and ends:
-            row[stop : ends[-1]] = IGNORED
-        elif not padding:
-            row[stop + 1 :] = IGNORED
+        ends = [i for i in range(0 if anywhere else length, len(row)) if row[i] == end]
+        if ends and not padding:
+            row[ends[0] + 1 :] = IGNORED
         if no_end:
             row[row == end] = IGNORED
         if not prompt:
@@ -159,29 +127,20 @@ ex_8_3 = Exercise(
     labels_with_end,
     _rows_with_ends,
     because={
-        "masking every token that equals the pad token masks the end of the answer as well: the "
-        "first end token after the prompt is to be learned": (
-            lambda *given: _labels(*given, no_end=True)
-        ),
-        "the first token of the answer has lost its label. The loss shifts by itself: labels stand "
-        "where their tokens stand": lambda *given: _labels(*given, shift=True),
-        "the end of the answer has no label, and the first token of the answer neither": (
-            lambda *given: _labels(*given, shift=True, no_end=True)
+        **faults_left(
+            _labels,
+            no_end="masking every token that equals the pad token masks the end of the answer as "
+            "well: the first end token after the prompt is to be learned",
+            shift="the first token of the answer has lost its label. The loss shifts by itself: "
+            "labels stand where their tokens stand",
         ),
         "only the first end token is the answer's; those after it are padding, to be ignored": (
-            lambda *given: _labels(*given, padding=True)
+            partial(_labels, padding=True)
         ),
-        "the first token of the answer has no label, and the padding has one": (
-            lambda *given: _labels(*given, shift=True, padding=True)
-        ),
-        "the prompt has labels: it is read, and not to be written": (
-            lambda *given: _labels(*given, prompt=True)
-        ),
+        "the prompt has labels: it is read, and not to be written": partial(_labels, prompt=True),
         "a prompt may hold end tokens too, of earlier turns: look for the first one after it": (
-            lambda *given: _labels(*given, from_start=True)
+            partial(_labels, anywhere=True)
         ),
-        "that keeps the *last* end token of a row, which is padding: the answer ends at the first "
-        "one": lambda *given: _labels(*given, last=True),
     },
 )
 
@@ -200,11 +159,13 @@ def _within(low, high, margin):
     return -margin < low and high < margin
 
 
-def _judge_pairs(first, second, margin, t, *, paired=True, freedom=1, less=0, verdict=_within):
-    """The right test, with a switch for each mistake; `less` is taken from n below the root."""
+def _judge_pairs(
+    first, second, margin, t, *, paired=True, freedom=1, single=False, verdict=_within
+):
+    """The right test, with a switch for each mistake."""
     one, two = (torch.tensor(runs, dtype=torch.float64) for runs in (first, second))
     spread = (one - two).std(correction=freedom) if paired else (one.var() + two.var()).sqrt()
-    error = spread.item() / (len(one) - less) ** 0.5
+    error = spread.item() / (1 if single else len(one) ** 0.5)
     mean = (one - two).mean().item()
     low, high = mean - t * error, mean + t * error
     return {"low": low, "high": high, "equivalent": bool(verdict(low, high, margin))}
@@ -241,10 +202,7 @@ ex_8_4 = Exercise(
             lambda *given: _judge_pairs(*given, freedom=0)
         ),
         "that is how far single runs scatter; their mean is known better, by √n": (
-            lambda first, *given: _judge_pairs(first, *given, less=len(first) - 1)
-        ),
-        "n − 1 belongs to the variance; the error of the mean divides by √n": (
-            lambda *given: _judge_pairs(*given, less=1)
+            lambda *given: _judge_pairs(*given, single=True)
         ),
         "an interval that holds 0 fails to show a difference, which is not to show equality: it "
         "has to lie within the margin as a whole": (
@@ -252,9 +210,6 @@ ex_8_4 = Exercise(
         ),
         "the mean alone within the margin may be luck: both ends have to be": (
             _verdict_by(lambda low, high, margin: abs(low + high) / 2 < margin)
-        ),
-        "one end within the margin is not enough: both have to be": (
-            _verdict_by(lambda low, high, margin: -margin < low or high < margin)
         ),
         "the difference is first minus second: you took second minus first": (
             lambda first, second, *given: _judge_pairs(second, first, *given)
@@ -372,10 +327,6 @@ ex_8_6 = Exercise(
         "rates: give each at least three to choose from, the same number": Seen(
             _plan(rates={"lora": (2e-4,), "qlora": (2e-4,)}), _cannot_choose_alike
         ),
-        "a rate is a number above 0, and those of adapters lie far below 0.1": Seen(
-            _plan(rates={"lora": (-1.0, 0.0, 1e9), "qlora": (-1.0, 0.0, 1e9)}),
-            lambda plan: not all(0 < rate < 0.1 for way in plan["rates"].values() for rate in way),
-        ),
         "whoever chooses rates on the rows that are reported reports how well they chose: tune on "
         "one split, report another, and neither of them is the training split": Seen(
             _plan(tune_on="test"),
@@ -403,12 +354,9 @@ ex_8_6 = Exercise(
                 or plan["margin"] not in ("before the runs", "after the runs")
             ),
         ),
-        "then rows differ as well as ways; with the same rows in the same order the runs of a seed "
-        "are pairs, and whatever the rows do to both cancels": Seen(
-            _plan(rows="drawn anew"), lambda plan: plan["rows"] == "drawn anew"
-        ),
-        "the same rows in another order are another run: let both ways read them in one order": (
-            Seen(_plan(rows="same rows"), lambda plan: plan["rows"] == "same rows")
+        "then rows differ as well as ways, or their order; with the same rows in the same order "
+        "the runs of a seed are pairs, and whatever the rows do to both cancels": Seen(
+            _plan(rows="drawn anew"), lambda plan: plan["rows"] != ROWS[0]
         ),
         "a margin chosen after a look can always be made to fit": Seen(
             _plan(margin="after the runs"), lambda plan: plan["margin"] == "after the runs"

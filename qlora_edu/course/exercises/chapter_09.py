@@ -24,24 +24,15 @@ ex_9_1 = Exercise(
     [(1000, 4, 8, 3), (96, 2, 16, 2), (101, 10, 1, 2)],
     because={
         "those are forward and backward passes; a step comes after gradient_accumulation_steps of "
-        "them": (lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch)),
+        "them": lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch),
         "the last, smaller batch of an epoch is a step too: round up": (
             lambda rows, batch, gathered, epochs: epochs * (rows // (batch * gathered))
         ),
         "each epoch ends with its own smaller batch: round up before multiplying by epochs": (
             lambda rows, batch, gathered, epochs: math.ceil(epochs * rows / (batch * gathered))
         ),
-        "accumulation makes fewer steps, not more: it gathers rows for each of them": (
-            lambda rows, batch, gathered, epochs: epochs * math.ceil(rows / batch) * gathered
-        ),
-        "if nothing is left over there is no smaller batch: rounding up is not adding one": (
-            lambda rows, batch, gathered, epochs: epochs * (rows // (batch * gathered) + 1)
-        ),
         "those are the steps of one epoch": (
             lambda rows, batch, gathered, epochs: math.ceil(rows / (batch * gathered))
-        ),
-        "there is no part of a step: round up": (
-            lambda rows, batch, gathered, epochs: epochs * rows / (batch * gathered)
         ),
     },
 )
@@ -54,7 +45,7 @@ def completion_labels(input_ids: Tensor, prompt_length: int, attention_mask: Ten
 
 def _labels(ids, prompt_length, padding, ignored=-100):
     labels = ids.masked_fill(padding, ignored)
-    labels[: max(0, prompt_length)] = ignored
+    labels[:prompt_length] = ignored
     return labels
 
 
@@ -65,10 +56,6 @@ def _end_token_masked(ids, prompt_length, mask):
 def _shifted(ids, prompt_length, mask):
     labels = completion_labels(ids, prompt_length, mask)
     return torch.cat([labels[1:], labels.new_tensor([-100])])
-
-
-def _prompt_trained(ids, prompt_length, mask):
-    return torch.cat([ids[:prompt_length], torch.full_like(ids[prompt_length:], -100)])
 
 
 def _padded_rows(random: torch.Generator) -> Inputs:
@@ -93,19 +80,11 @@ ex_9_2 = Exercise(
         "the answer's end token has no label, so the model never learns to stop; mask padding by "
         "position, not by the value of the token": _end_token_masked,
         "the labels are shifted by one; the model's loss does that itself": _shifted,
-        "that trains on the prompt and ignores the answer: the wrong way round": _prompt_trained,
-        "the last token is not always padding, and padding may equal the end token: the attention "
-        "mask says where it is": (
-            lambda ids, prompt_length, mask: _labels(ids, prompt_length, ids == ids[-1])
-        ),
         "0 is a token like any other: what the loss ignores is -100": (
             lambda ids, prompt_length, mask: _labels(ids, prompt_length, mask == 0, ignored=0)
         ),
         "the answer's first token has no label: it stands at index prompt_length": (
             lambda ids, prompt_length, mask: _labels(ids, prompt_length + 1, mask == 0)
-        ),
-        "the prompt's last token has a label: it stands at index prompt_length − 1": (
-            lambda ids, prompt_length, mask: _labels(ids, prompt_length - 1, mask == 0)
         ),
     },
 )
@@ -140,21 +119,6 @@ ex_9_3 = Exercise(
         "square": lambda W, A, B, alpha, r: W + (alpha / r) * (A.T @ B.T),
         "that is ΔW; the merged weight is W + ΔW": (
             lambda W, A, B, alpha, r: (alpha / r) * (B @ A)
-        ),
-        "α/√r is another method (rsLoRA); this adapter was trained with α/r": (
-            lambda W, A, B, alpha, r: W + (alpha / r**0.5) * (B @ A)
-        ),
-        "the factor is upside down: α/r, not r/α": (
-            lambda W, A, B, alpha, r: W + (r / alpha) * (B @ A)
-        ),
-        "B stands before A: B @ A is [out, in], as W is": (
-            lambda W, A, B, alpha, r: W + (alpha / r) * (A @ B)
-        ),
-        "the adapter is added to the weight; subtracting it takes a merged one out again": (
-            lambda W, A, B, alpha, r: W - (alpha / r) * (B @ A)
-        ),
-        "// rounds α/r down to a whole number": (
-            lambda W, A, B, alpha, r: W + (alpha // r) * (B @ A)
         ),
     },
 )
@@ -205,9 +169,7 @@ ex_9_4 = Exercise(
     _runs,
     because={
         "the activations need room too, on top of everything that is counted": (
-            lambda linear, rest, adapter, activations, cards: smallest_card(
-                linear, rest, adapter, 0, cards
-            )
+            lambda *given: _card(_gigabytes(*given[:3], 0), given[4])
         ),
         "an adapter parameter costs 16 bytes: itself, its gradient, and Adam's two states": (
             _card_with(adapter_bytes=4)
@@ -217,55 +179,40 @@ ex_9_4 = Exercise(
             _card_with(rest_bytes=4.127 / 8)
         ),
         "4.127 are bits; divide by 8 for bytes": _card_with(bits=4.127 * 8),
-        "12 bytes for an adapter parameter are one number too few: itself, its gradient and two "
-        "states are four, of 4 bytes each": _card_with(adapter_bytes=12),
-        "adapters are float32 here: 4 bytes and not 2 for a parameter itself": (
-            _card_with(adapter_bytes=14)
-        ),
         "with the constants of its blocks a weight takes 4.127 bits, not 4": _card_with(bits=4.0),
-        "4.5 bits are those without double quantisation; here it is 4.127": _card_with(bits=4.5),
-        "what is not a linear layer stays in 16 bits, which are 2 bytes and not 4": (
-            _card_with(rest_bytes=4)
-        ),
-        "that divides by 2³⁰, for GiB; the cards are in GB, of 10⁹ bytes": (
-            lambda *given: _card(_gigabytes(*given[:3], 0) * 1e9 / 2**30 + given[3], given[4])
-        ),
         "what is exactly as large as the card fits: >=, not >": (
             lambda *given: _card(_gigabytes(*given[:4]) + 1e-6, given[4])
-        ),
-        "no card holds this run: say so, with None": (
-            lambda *given: smallest_card(*given) or max(given[4])
-        ),
-        "that is how much is needed; asked for is the smallest card that has as much": (
-            lambda *given: _gigabytes(*given[:4])
         ),
     },
 )
 
 
+PARTS = ("adapter", "step", "optimizer", "rng_state")
+
+
 def resumes_to_the_same(saved: Sequence[str], optimizer: str, lora_dropout: float) -> bool:
     """Does a run that kept only `saved` end as if it had not been interrupted?"""
-    return _needs(saved, optimizer, lora_dropout)
+    return _needed(optimizer, lora_dropout) <= {*saved}
 
 
-def _needs(
-    saved,
-    optimizer,
-    dropout,
-    always=("adapter", "step"),
-    adamw=("optimizer",),
-    drops=("rng_state",),
-):
-    needed = {*always, *(adamw if optimizer == "adamw" else ()), *(drops if dropout > 0 else ())}
-    return needed <= set(saved)
+def _needed(optimizer, lora_dropout):
+    unneeded = {"optimizer": optimizer == "sgd", "rng_state": lora_dropout == 0}
+    return {part for part in PARTS if not unneeded.get(part)}
+
+
+def _forgets(part):
+    return lambda saved, *run: _needed(*run) - {part} <= {*saved}
+
+
+def _asks_for(*parts):
+    return lambda saved, *run: _needed(*run) | {*parts} <= {*saved}
 
 
 def _checkpoints(random: torch.Generator) -> Inputs:
-    everything = ("adapter", "optimizer", "step", "rng_state")
-    without = [tuple(part for part in everything if part != left_out) for left_out in everything]
+    without = [tuple(part for part in PARTS if part != left_out) for left_out in PARTS]
     return [
         (saved, optimizer, lora_dropout)
-        for saved in (everything, *without, ("adapter", "step"))
+        for saved in (PARTS, *without, ("adapter", "step"))
         for optimizer in ("adamw", "sgd")
         for lora_dropout in (0.0, 0.1)
     ]
@@ -276,32 +223,18 @@ ex_9_5 = Exercise(
     resumes_to_the_same,
     _checkpoints,
     because={
-        "AdamW begins again with empty means, and its first steps have another size": (
-            lambda *given: _needs(*given, always=("adapter",), adamw=(), drops=())
-        ),
         "the step decides which rows come next (and the learning rate): without it the run reads "
-        "the first rows again": lambda *given: _needs(*given, always=("adapter",)),
-        "with dropout, another random state switches other numbers off": (
-            lambda *given: _needs(*given, drops=())
-        ),
-        "plain SGD has no state to lose, and without dropout nothing is drawn at random": (
-            lambda *given: _needs(*given, always=("adapter", "optimizer", "step", "rng_state"))
-        ),
-        "the step is needed with SGD too: it says which rows come next": (
-            lambda *given: _needs(*given, always=("adapter",), adamw=("optimizer", "step"))
-        ),
-        "without the adapter all that was trained is lost": (
-            lambda *given: _needs(*given, always=("step",))
-        ),
-        "plain SGD has no state to lose": (
-            lambda *given: _needs(*given, always=("adapter", "optimizer", "step"))
-        ),
-        "without dropout nothing is drawn at random": (
-            lambda *given: _needs(*given, always=("adapter", "step", "rng_state"))
-        ),
+        "the first rows again": _forgets("step"),
         "AdamW remembers two numbers for each parameter: without them its steps are others": (
-            lambda *given: _needs(*given, adamw=())
+            _forgets("optimizer")
         ),
+        "with dropout, another random state switches other numbers off": _forgets("rng_state"),
+        "without the adapter all that was trained is lost": _forgets("adapter"),
+        "plain SGD has no state to lose, and without dropout nothing is drawn at random": (
+            _asks_for("optimizer", "rng_state")
+        ),
+        "plain SGD has no state to lose": _asks_for("optimizer"),
+        "without dropout nothing is drawn at random": _asks_for("rng_state"),
     },
 )
 

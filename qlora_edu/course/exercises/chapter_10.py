@@ -17,6 +17,7 @@ from qlora_edu.course.exercises.core import (
     Verdict,
     as_numbers,
     dtype,
+    faults_left,
 )
 from qlora_edu.evaluation import word_f1
 
@@ -51,11 +52,6 @@ def _one_after_the_other(rating, other, score, k):
     return after, other + _change(other, after, 1 - score, k)
 
 
-def _one_expectation(rating, other, score, k):
-    change = _change(rating, other, score, k)
-    return rating + change, other + change + k * (1 - 2 * score)
-
-
 def _games_of_two(random: torch.Generator) -> Inputs:
     ratings = (1000 + 400 * torch.rand(4, 2, generator=random)).round().tolist()
     ends = ((1.0, 32.0), (0.5, 32.0), (0.0, 16.0), (0.5, 24.0))
@@ -85,18 +81,6 @@ ex_10_1 = Exercise(
         ),
         "the second rating was computed with the first one's new rating; both expectations are "
         "from before the game": _one_after_the_other,
-        "what is expected of the second is one minus what is expected of the first": (
-            _one_expectation
-        ),
-        "k is multiplied by the surprise, which is score − expected; you took the score alone": (
-            _elo_by(lambda rating, other, score, k: k * score)
-        ),
-        "a score lies between 0 and 1, as the expectation does: leave it as it is": (
-            _elo_by(lambda rating, other, score, k: _change(rating, other, 2 * score - 1, k))
-        ),
-        "the first one's rating comes first": (
-            lambda rating, other, score, k: elo_update(rating, other, score, k)[::-1]
-        ),
     },
 )
 
@@ -106,11 +90,11 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return _kept_by(lambda ordered, before, top_p: before < top_p)(probabilities, top_p)
 
 
-def _kept_by(keep, likeliest_first=True, renormalise=True):
+def _kept_by(keep, renormalise=True):
     """Make an answer that keeps by the ordered probabilities and by what comes before each."""
 
     def kept(probabilities, top_p):
-        ordered, order = probabilities.sort(descending=likeliest_first, stable=True)
+        ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered
         chosen = ordered * keep(ordered, before, top_p)
         kept = torch.zeros_like(ordered).scatter(0, order, chosen)
@@ -139,14 +123,6 @@ def _only_in_another_order(yours, expected, probabilities, top_p):
     return torch.allclose(as_numbers(yours).sort().values, expected.double().sort().values)
 
 
-def _another_count(yours, expected, probabilities, top_p):
-    """Whether it is the likeliest n tokens, renormalised, with another n than the right one."""
-    count = int((as_numbers(yours) > 0).sum())
-    ranks = probabilities.argsort(descending=True, stable=True).argsort()
-    kept = probabilities * (ranks < count)
-    return torch.allclose(as_numbers(yours), (kept / kept.sum()).double(), atol=1e-6)
-
-
 ex_10_2 = Exercise(
     "10.2 the nucleus",
     nucleus,
@@ -173,18 +149,6 @@ ex_10_2 = Exercise(
         "where the tokens have exactly top_p together they are enough; you kept one more": (
             _kept_by(lambda ordered, before, top_p: before <= top_p)
         ),
-        "that begins with the least likely tokens: sort in falling order": (
-            _kept_by(lambda ordered, before, top_p: before < top_p, likeliest_first=False)
-        ),
-        "that compares single probabilities with 1 − top_p; the nucleus is about their sum: a flat "
-        "distribution keeps many small ones": (
-            _kept_by(lambda ordered, before, top_p: ordered >= 1 - top_p)
-        ),
-        "the likeliest, but not as many as are needed: how many is not fixed, it is where their "
-        "sum reaches top_p": Seen(
-            _kept_by(lambda ordered, before, top_p: torch.arange(len(ordered)) < 2),
-            _another_count,
-        ),
     },
 )
 
@@ -194,30 +158,14 @@ def points_per_game(games: Sequence[tuple[str, str, float]]) -> dict[str, float]
     return _points(games)
 
 
-def _points(games, *, value=float, other=lambda score: 1 - score, second=True, divisor="own"):
+def _points(games, no_ties=False, no_second=False, by_all=False, same=False):
     """The right shares, with a switch for each mistake."""
     points = {name: [] for game in games for name in game[:2]}
     for one, two, score in games:
-        points[one].append(value(score))
-        if second:
-            points[two].append(value(other(score)))
-    firsts = [game[0] for game in games]
-    divisors = {"own": len, "all": lambda won: len(games)}
-    if divisor == "as first":
-        return {name: sum(won) / firsts.count(name) for name, won in points.items()}
-    return {name: sum(won) / divisors[divisor](won) for name, won in points.items()}
-
-
-def _points_by(**changes):
-    return lambda games: _points(games, **changes)
-
-
-def _won(score):
-    return float(score == 1)
-
-
-def _without_ties(games):
-    return {**dict.fromkeys(_points(games), 0.0), **_points([g for g in games if g[2] != 0.5])}
+        for name, won in ((one, score), (two, score if same else 1 - score)):
+            if name == one or not no_second:
+                points[name].append(float(won == 1 if no_ties else won))
+    return {name: sum(won) / (len(games) if by_all else len(won)) for name, won in points.items()}
 
 
 def _rounds(random: torch.Generator) -> Inputs:
@@ -235,31 +183,15 @@ ex_10_3 = Exercise(
     _rounds,
     atol=1e-9,
     because={
-        "that is still the colleague's: whose points, which games, and what of a tie?": (
-            _points_by(value=_won, second=False, divisor="all")
+        **faults_left(
+            _points,
+            no_ties="a tie is half a point for each, and you counted none",
+            no_second="a system also played the games in which it was second: they bring it points",
+            by_all="divide by the games that the system played, not by those of everybody",
         ),
-        "both systems have their points now; a tie is worth half of one, and the divisor is the "
-        "system's own number of games": _points_by(value=_won, divisor="all"),
-        "ties are right now; the second system gets nothing yet, and the divisor is the system's "
-        "own number of games": _points_by(second=False, divisor="all"),
-        "the divisor is right for the games as first; those as second are missing, and a tie is "
-        "worth half a point": _points_by(value=_won, second=False),
         "the second system gets what the first one won; its score is 1 − score": (
-            _points_by(other=lambda score: score)
+            functools.partial(_points, same=True)
         ),
-        "divide by the games that the system played, not by those of everybody": (
-            _points_by(divisor="all")
-        ),
-        "a tie is half a point for each, and you counted none": _points_by(value=_won),
-        "a tie is half a point for each; you gave both a whole one, so that a game has two": (
-            _points_by(value=lambda score: float(score > 0))
-        ),
-        "only the games in which a system was first are counted; it also played as second": (
-            _points_by(second=False)
-        ),
-        "the points are right; a system also played the games in which it was second, so divide "
-        "by those too": _points_by(divisor="as first"),
-        "a tie is a game as well: count it, with half a point for each": _without_ties,
     },
 )
 
@@ -272,14 +204,6 @@ def relative_percent(scores: Sequence[float], reference: Sequence[float]) -> flo
 def _marks(random: torch.Generator) -> Inputs:
     drawn = torch.randint(2, 11, (3, 2, 6), generator=random).tolist()
     return [([1, 9], [2, 8]), *map(tuple, drawn), ([9, 7, 8], [6, 8, 3])]
-
-
-def _share_won(yours, expected, scores, reference):
-    """Whether it is a share of prompts, whatever was done with ties."""
-    pairs = list(zip(scores, reference, strict=True))
-    won, tied = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
-    shares = [(won + tie * tied) / len(pairs) for tie in (0, 0.5, 1)]
-    return any(abs(yours - unit * share) < 1e-9 for share in shares for unit in (1, 100))
 
 
 ex_10_4 = Exercise(
@@ -295,23 +219,14 @@ ex_10_4 = Exercise(
         "that is a share of the marks that could be had; the measure is one of those that the "
         "reference has": lambda scores, reference: 100 * sum(scores) / (10 * len(scores)),
         "that is how often one beats the other; the measure is a share of marks, and a system may "
-        "lose every prompt by a little and still have 99 %": Seen(
-            lambda scores, reference: (
-                100 * sum(a > b for a, b in zip(scores, reference, strict=True)) / len(scores)
-            ),
-            _share_won,
-        ),
-        "that is how many marks they are apart on a prompt; a percentage is a ratio": (
-            lambda scores, reference: (sum(scores) - sum(reference)) / len(scores)
+        "lose every prompt by a little and still have 99 %": lambda scores, reference: (
+            100 * sum(a > b for a, b in zip(scores, reference, strict=True)) / len(scores)
         ),
         "the right ratio, but not in per cent: times 100": (
             lambda scores, reference: sum(scores) / sum(reference)
         ),
         "upside down: the reference is what you divide by": (
             lambda scores, reference: 100 * sum(reference) / sum(scores)
-        ),
-        "a system may be better than the reference: then it has more than 100 %": (
-            lambda scores, reference: min(100, relative_percent(scores, reference))
         ),
     },
 )
@@ -321,38 +236,27 @@ def how_to_serve(
     tasks: int, base_16_bytes: int, base_4_bytes: int, adapter_bytes: int, card_bytes: int
 ) -> str | None:
     """The fastest way in which all tasks are on the card at once; None if there is none."""
-    return _serve(tasks, base_16_bytes, base_4_bytes, adapter_bytes, card_bytes)
-
-
-WAYS = ("merged", "shelf", "4-bit shelf")
-
-
-def _serve(
-    tasks,
-    base_16,
-    base_4,
-    adapter,
-    card,
-    *,
-    merged=lambda tasks, base_16, base_4: tasks * base_16,
-    adapters=None,
-    bases=1,
-    order=WAYS,
-    at_the_limit=True,
-):
-    """The right choice, with a switch for each mistake; `adapters`: how many are counted."""
-    beside = (tasks if adapters is None else adapters) * adapter
+    beside = tasks * adapter_bytes
     needed = {
-        "merged": merged(tasks, base_16, base_4),
-        "shelf": (bases or tasks) * base_16 + beside,
-        "4-bit shelf": (bases or tasks) * base_4 + beside,
+        "merged": tasks * base_16_bytes,
+        "shelf": base_16_bytes + beside,
+        "4-bit shelf": base_4_bytes + beside,
     }
-    room = card if at_the_limit else card - 1
-    return next((way for way in order if needed[way] <= room), None)
+    return _first_that_fits(needed, card_bytes)
 
 
-def _serve_with(**changes):
-    return lambda *sizes: _serve(*sizes, **changes)
+def _first_that_fits(needed, card):
+    return next((way for way, size in needed.items() if size <= card), None)
+
+
+def _serve(needed):
+    """Make an answer for which the three ways need other bytes."""
+
+    def choose(*sizes):
+        ways = ("merged", "shelf", "4-bit shelf")
+        return _first_that_fits(dict(zip(ways, needed(*sizes[:4]), strict=True)), sizes[4])
+
+    return choose
 
 
 def _shelves(random: torch.Generator) -> Inputs:
@@ -386,16 +290,20 @@ ex_10_5 = Exercise(
     _shelves,
     because={
         "a merged checkpoint does one task; with several tasks each needs a whole one": (
-            _serve_with(merged=lambda tasks, base_16, base_4: base_16)
+            _serve(lambda n, big, small, one: (big, big + n * one, small + n * one))
         ),
-        "the adapters are on the card as well, one for each task": _serve_with(adapters=0),
-        "you counted one adapter; there is one for each task": _serve_with(adapters=1),
+        "the adapters are on the card as well, one for each task": (
+            _serve(lambda n, big, small, one: (n * big, big, small))
+        ),
         "the shelf saves bytes and costs time in every layer; where a merged checkpoint for each "
-        "task fits, merged is faster": _serve_with(order=WAYS[1:]),
+        "task fits, merged is faster": _serve(
+            lambda n, big, small, one: (math.inf, big + n * one, small + n * one)
+        ),
         "merged here means 16 bits: to quantise a merged weight again rounds away part of what was "
-        "trained": _serve_with(merged=lambda tasks, base_16, base_4: tasks * base_4),
-        "what is exactly as large as the card fits: <=, not <": _serve_with(at_the_limit=False),
-        "a shelf has one base, which all tasks share": _serve_with(bases=0),
+        "trained": _serve(lambda n, big, small, one: (n * small, big + n * one, small + n * one)),
+        "a shelf has one base, which all tasks share": (
+            _serve(lambda n, big, small, one: (n * big, n * (big + one), n * (small + one)))
+        ),
     },
 )
 
@@ -516,18 +424,13 @@ ex_10_6 = _JudgeExercise(
             lambda row, first, second: _verdict(_shared(row, second), _shared(row, first)),
             lambda one, two, wanted, first, second: first == wanted and one == 0,
         ),
-        "fair, but it tells nothing: the right answer must beat an empty one": _seen(
-            lambda row, first, second: 0.5,
-            lambda one, two, wanted, first, second: first == wanted and second == "" and one == 0.5,
-        ),
-        "other words tie with the right answer because they are as long: look at what an answer "
-        "says": _seen(
-            lambda row, first, second: _verdict(
-                *(-abs(len(answer) - len(row["wanted"])) for answer in (first, second))
-            ),
-            lambda one, two, wanted, first, second: (
-                first == wanted != second and len(second) == len(first) and one == 0.5
-            ),
+        "fair, but it tells too little: the right answer must beat an empty one, and other words": (
+            _seen(
+                lambda row, first, second: 0.5,
+                lambda one, two, wanted, first, second: (
+                    first == wanted and not second.startswith(wanted) and one == 0.5
+                ),
+            )
         ),
     },
 )

@@ -5,7 +5,6 @@ under the sentence that says what to rethink. Called, it prints; it never raises
 must run to its end whatever the reader wrote. `same` says which forms of an answer are one answer.
 """
 
-import difflib
 import functools
 import inspect
 import itertools
@@ -128,7 +127,11 @@ class Exercise:
         if isinstance(answer, str):
             here = inspect.currentframe().f_back.f_globals
             if answer not in here:
-                print(self._missing(answer, here))
+                because = (
+                    f"there is no function `{answer}` here; run the cell above, and keep the name "
+                    "of the stub"
+                )
+                print(Verdict("✗", self.title, because=because))
                 return
             answer = here[answer]
         if answer is self.reference:
@@ -244,17 +247,12 @@ class Exercise:
 
     def _behaves_like(self, theirs: Callable[[int], Any], wrong: Answer) -> bool:
         """Whether an answer returns what `wrong` does, and stops where it stops."""
-        returned = False
         for i, case in enumerate(self.cases()):
             yours, its = theirs(i), attempt(wrong, *case)
-            if isinstance(yours, BaseException) or isinstance(its, BaseException):
-                if type(yours) is not type(its):
-                    return False
-            elif not same(yours, its, self.atol):
+            stops = isinstance(yours, BaseException) or isinstance(its, BaseException)
+            if not (type(yours) is type(its) if stops else same(yours, its, self.atol)):
                 return False
-            else:
-                returned = True
-        return returned
+        return True
 
     def _score(self, given: list) -> str:
         try:
@@ -262,18 +260,11 @@ class Exercise:
         except Exception:  # no score, or an answer that cannot have one
             return ""
 
-    def _missing(self, name: str, here: Mapping[str, Any]) -> Verdict:
-        mine = [known for known, value in here.items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(name, mine, n=1, cutoff=0.75)
-        advice = f"did you mean `{near[0]}`? keep" if near else "run the cell above, and keep"
-        because = f"there is no function `{name}` here; {advice} the name of the stub"
-        return Verdict("✗", self.title, because=because)
-
     def _fail(
         self, case: tuple, yours: str, expected: str, because: str, score: str = ""
     ) -> Verdict:
         named = zip(parameters(self.reference), case, strict=False)
-        given = ", ".join(f"{name} = {brief(value)}" for name, value in named)
+        given = ", ".join(f"{name} = {show(value, longest=160)}" for name, value in named)
         return Verdict("✗", self.title, given, yours, expected, score, because)
 
 
@@ -462,61 +453,34 @@ def alike(yours: Any, model: Any) -> Any:
 def unlike(yours: Any, expected: Any, atol: float = 0.0) -> str:
     """Say what is known of the difference of two answers; empty if only that there is one.
 
-    >>> unlike([1, 2, 3, 9], torch.tensor([1, 2, 3, 4])), unlike((1, "b"), (1, "a"))
-    ('right shape, the first 3 of 4 are right', 'the second of 2 is wrong, the other is right')
+    >>> unlike([1, 9, 3, 9], torch.tensor([1, 2, 3, 4])), unlike((1, "b"), (1, "a"))
+    ('2 of 4 are wrong, the first at index [1]', '1 of 2 are wrong, the first at index [1]')
     """
+    yours, numbers, wanted = plain(yours), as_numbers(yours), as_numbers(expected)
     if isinstance(expected, Mapping) and isinstance(yours, Mapping):
         if keys := [key for key in (*expected, *yours) if key not in yours or key not in expected]:
             return "the keys differ: " + ", ".join(map(repr, keys))
-        wrong = [key for key, value in expected.items() if not same(yours[key], value, atol)]
-        others = ", the others are right" if len(wrong) < len(expected) else ""
-        return f"wrong under {' and '.join(map(repr, wrong))}{others}"
-    numbers, wanted = as_numbers(yours), as_numbers(expected)
-    if numbers is None and wanted is None and isinstance(plain(yours), list | tuple):
-        return _unlike_items(plain(yours), expected, atol)
-    if wanted is None or numbers is None:
-        kinds = type(yours).__name__, type(expected).__name__
-        return "" if kinds[0] == kinds[1] else f"yours is of type {kinds[0]}, not {kinds[1]}"
-    if numbers.shape != wanted.shape:
-        return f"the shape is {tuple(numbers.shape)}, it should be {tuple(wanted.shape)}"
-    if wanted.isfinite().all() and (because := not_finite(yours)):
-        return because
-    right = _right(yours, expected, atol)
-    n = right.numel()
-    if right.dim() >= 2 and len(right) > 1:
-        bad = [i for i, row in enumerate(right) if not row.all()]
-        if len(bad) < len(right):
-            return (
-                f"right shape, wrong in row{'s' * (len(bad) > 1)} {_listed(bad)} (counted from 0)"
-            )
-    if right.dim() >= 1 and right.any():
-        first = int((~right).flatten().nonzero()[0])
-        if first and not right.flatten()[first:].any():
-            return f"right shape, the first {first} of {n} are right"
-        return f"right shape, {int((~right).sum())} of {n} are wrong, the first is number {first}"
-    return ""
+        wrong = [repr(key) for key in expected if not same(yours[key], expected[key], atol)]
+        return f"wrong under {' and '.join(wrong)}"
+    if numbers is not None and wanted is not None:
+        if numbers.shape != wanted.shape:
+            return f"the shape is {tuple(numbers.shape)}, it should be {tuple(wanted.shape)}"
+        if wanted.isfinite().all() and (because := not_finite(yours)):
+            return because
+        right = _right(yours, expected, atol)
+        wrong = (~right).nonzero().tolist()
+        return _first_of(wrong, right.numel()) if right.any() else ""
+    if isinstance(yours, list | tuple) and isinstance(expected, list | tuple):
+        if len(yours) != len(expected):
+            return f"there are {len(yours)} items, it should be {len(expected)}"
+        pairs = enumerate(zip(yours, expected, strict=True))
+        return _first_of([[i] for i, pair in pairs if not same(*pair, atol)], len(yours))
+    kinds = type(yours).__name__, type(expected).__name__
+    return "" if kinds[0] == kinds[1] else f"yours is of type {kinds[0]}, not {kinds[1]}"
 
 
-def _unlike_items(yours: Sequence, expected: Any, atol: float) -> str:
-    if not isinstance(expected, list | tuple) or len(yours) != len(expected):
-        return f"there are {len(yours)} items, not what is expected"
-    wrong = [i for i, pair in enumerate(zip(yours, expected, strict=True)) if not same(*pair, atol)]
-    if len(wrong) == 1 < len(yours) <= 4:
-        which = ("first", "second", "third", "last")[wrong[0]]
-        others = "the other is" if len(yours) == 2 else "the others are"
-        return f"the {which} of {len(yours)} is wrong, {others} right"
-    return f"{len(wrong)} of {len(yours)} are wrong, the first is number {wrong[0]} (from 0)"
-
-
-def _listed(places: Sequence[int]) -> str:
-    """Write places as words: "3 and 5", "0, 1 and 2", the first three of many.
-
-    >>> _listed([3, 5]), _listed([1, 2, 3, 4])
-    ('3 and 5', '1, 2, 3 and 1 more')
-    """
-    if len(places) > 3:
-        places = [*places[:3], f"{len(places) - 3} more"]
-    return " and ".join(filter(None, [", ".join(map(str, places[:-1])), str(places[-1])]))
+def _first_of(wrong: list[list[int]], count: int) -> str:
+    return f"{len(wrong)} of {count} are wrong, the first at index {wrong[0]}"
 
 
 def not_finite(value: Any) -> str:
@@ -529,7 +493,7 @@ def not_finite(value: Any) -> str:
     return "" if finite else "there is a NaN or an infinity in it"
 
 
-def show(value: Any, start: int = 0, digits: int = 6) -> str:
+def show(value: Any, start: int = 0, digits: int = 6, longest: int = 400) -> str:
     """Write a value in a line: up to sixteen numbers whole, more by shape and four entries.
 
     >>> show(torch.tensor([0.9, -1.0])), show([(640, 256), (128, 256)]), show(torch.zeros(9, 4))
@@ -538,7 +502,7 @@ def show(value: Any, start: int = 0, digits: int = 6) -> str:
     numbers = as_numbers(value)
     if numbers is None or numbers.numel() <= 16:
         text = _written(value, digits)
-        return text if len(text) <= 400 else f"{text[:397]}..."
+        return text if len(text) <= longest else f"{text[: longest - 3]}..."
     shape = len(numbers) if numbers.dim() == 1 else tuple(numbers.shape)
     whole = value if isinstance(value, Tensor | np.ndarray) else numbers
     flat = whole.reshape(-1)[start : start + 4]
@@ -563,30 +527,10 @@ def _written(value: Any, digits: int) -> str:
     return repr(value)
 
 
-def brief(value: Any) -> str:
-    """Write an argument: in full if it is short, otherwise what it is.
-
-    >>> brief(torch.zeros(8, 64)), brief({"nf4": torch.zeros(16), "int4": torch.zeros(15)})
-    ('8 × 64 numbers', "one each for 'nf4', 'int4'")
-    """
-    if isinstance(value, Tensor) and value.numel() > 16:
-        return " × ".join(map(str, value.shape)) + " numbers"
-    text = show(value)
-    long = isinstance(value, dict) and len(text) > 80
-    return "one each for " + ", ".join(map(repr, value)) if long else text
-
-
 def show_both(yours: Any, expected: Any, atol: float = 0.0) -> tuple[str, str]:
     """Write two answers, long ones from the first place where they differ, until they do."""
-    alike_in_kind = isinstance(expected, list | tuple) and type(yours) is type(expected)
-    if as_numbers(expected) is None and alike_in_kind and len(yours) == len(expected):
-        pairs = [show_both(*pair, atol) for pair in zip(yours, expected, strict=True)]
-        left, right = (", ".join(texts) for texts in zip(*pairs, strict=True))
-        before, after = "[]" if isinstance(expected, list) else "()"
-        return f"{before}{left}{after}", f"{before}{right}{after}"
     right = _right(yours, expected, atol)
-    wrong = [] if right is None else (~right).flatten().nonzero()
-    start = int(wrong[0]) if len(wrong) else 0
+    start = 0 if right is None else int((~right).flatten().nonzero()[0])
     for digits in (6, 9, 17):
         both = show(yours, start, digits), show(expected, start, digits)
         if both[0] != both[1]:

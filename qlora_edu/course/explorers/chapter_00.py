@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qlora_edu.course.explorers.core import Explorer
-from qlora_edu.course.plots import PALETTE, figure_png
+from qlora_edu.course.plots import PALE_ORANGE, PALETTE, figure_png, paint
 from qlora_edu.memory import LLAMA_SHAPES, adapter_parameters, llama_parameters, nf4_bits_per_weight
 
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -55,25 +55,14 @@ def training_gigabytes(size: str, method: str, r: int = 64) -> dict[str, float]:
     }
 
 
-def _paint(color: str, hatch: str) -> dict[str, object]:
-    edge = PALETTE["adapter"] if hatch else color
-    return {"facecolor": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0}
-
-
 def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
-    """Four ways to fine-tune one LLaMA, as bars of memory against the sizes of cards.
-
-    >>> figure = draw_training_memory("65B")
-    >>> [text.get_text() for text in figure.axes[0].texts if "783" in text.get_text()]
-    ['783 GB →']
-    >>> plt.close(figure)
-    """
+    """Four ways to fine-tune one LLaMA, as bars of memory against the sizes of cards."""
     edge = 92
     figure, ax = plt.subplots(figsize=(9, 4.1))
     styles = {
         "adapters": (PALETTE["adapter"], ""),
         "gradients": (PALETTE["gradient"], ""),
-        "optimizer": ("#FBE7C2", "////"),
+        "optimizer": (PALE_ORANGE, "////"),
     }
     for row, method in enumerate(reversed(METHODS)):
         parts = training_gigabytes(size, method, r)
@@ -83,7 +72,7 @@ def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
         for part, gigabytes in parts.items():
             color, hatch = styles.get(part, (weights, ""))
             width, start = max(0, min(gigabytes, edge - left)), min(left, edge)
-            ax.barh(row, width, left=start, height=0.6, **_paint(color, hatch))
+            ax.barh(row, width, left=start, height=0.6, **paint(color, hatch))
             left += gigabytes
         x, said, side = left + 0.8, f"{left:.1f} GB", "left"
         if left > edge:
@@ -105,7 +94,7 @@ def draw_training_memory(size: str = "7B", r: int = 64) -> Figure:
         "gradients": styles["gradients"],
         "optimizer states": styles["optimizer"],
     }
-    patches = [Rectangle((0, 0), 1, 1, **_paint(*style)) for style in key.values()]
+    patches = [Rectangle((0, 0), 1, 1, **paint(*style)) for style in key.values()]
     tight = {"fontsize": 10, "columnspacing": 1.2, "handlelength": 1.4}
     figure.legend(patches, list(key), loc="outside lower center", ncols=5, **tight)
     smallest = sum(training_gigabytes(size, "qlora", r).values())

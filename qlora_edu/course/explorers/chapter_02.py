@@ -34,11 +34,7 @@ def _normal_matrix() -> Tensor:
 
 
 def matrix_with_outlier(strength: float) -> Tensor:
-    """Draw 64 × 64 normal weights, one of which is `strength` standard deviations large.
-
-    >>> matrix_with_outlier(300.0)[OUTLIER].item()
-    300.0
-    """
+    """Draw 64 × 64 normal weights, one of which is `strength` standard deviations large."""
     weight = _normal_matrix().clone()
     weight[OUTLIER] = float(strength)
     return weight
@@ -117,13 +113,6 @@ def draw_blocks_and_bytes(weight: Tensor, levels: Tensor, blocksize: int) -> Fig
     """A small matrix on its way to bytes: laid flat, cut into blocks, scaled, coded, packed.
 
     `weight` has at most sixteen numbers, an even number of them; `blocksize` may be any number.
-
-    >>> import torch
-    >>> weight = torch.tensor([[-2.0, 2.0], [0.0, 1.0]])
-    >>> figure = draw_blocks_and_bytes(weight, torch.linspace(-1, 1, 16), 2)
-    >>> [text.get_text() for text in figure.axes[0].texts if "0x" in text.get_text()]
-    ['0x0F', '0x7F']
-    >>> plt.close(figure)
     """
     rows, columns = weight.shape
     n = weight.numel()

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qlora_edu.course.explorers.core import Explorer
-from qlora_edu.course.plots import PALETTE, figure_png
+from qlora_edu.course.plots import PALE_ORANGE, PALETTE, figure_png, paint
 from qlora_edu.memory import GIB, MODELS, RESERVE, MemoryPlan, plan_memory
 from qlora_edu.planner.fake_step import METHODS
 
@@ -54,7 +54,7 @@ ROW_STYLES = {
     "embeddings and head": ("#5F5F5F", ""),
     "norms and the rest": ("#5F5F5F", ""),
     "adapters": (PALETTE["adapter"], ""),
-    "optimizer states": ("#FBE7C2", "////"),
+    "optimizer states": (PALE_ORANGE, "////"),
     "gradients": (PALETTE["gradient"], ""),
     "activations": ("#C4C4C4", ""),
     "logits and loss": (PALETTE["highlight"], ""),
@@ -65,26 +65,14 @@ ROW_STYLES = {
 
 
 def row_style(row: str, method: str) -> dict[str, object]:
-    """How to paint a row of the ledger; what is trained is orange, whatever it is.
-
-    >>> row_style("linear weights", "full")["facecolor"] == PALETTE["adapter"]
-    True
-    """
-    color, hatch = ROW_STYLES[row]
+    """How to paint a row of the ledger; what is trained is orange, whatever it is."""
     if method == "full" and row in ("linear weights", "embeddings and head", "norms and the rest"):
-        color = PALETTE["adapter"]
-    edge = PALETTE["adapter"] if hatch else color
-    return {"facecolor": color, "hatch": hatch, "edgecolor": edge, "linewidth": 0}
+        row = "adapters"
+    return paint(*ROW_STYLES[row])
 
 
 def draw_budget(plan: MemoryPlan, card_gib: float) -> Figure:
-    """A training step's memory at each of its four moments, against the memory of a card.
-
-    >>> figure = draw_budget(plan_memory("llama-7b", "qlora", batch_size=4), 24)
-    >>> [text.get_text() for text in figure.axes[0].texts if "peak" in text.get_text()]
-    [' 6.8 GiB, the peak']
-    >>> plt.close(figure)
-    """
+    """A training step's memory at each of its four moments, against the memory of a card."""
     figure, ax = plt.subplots(figsize=(10, 4))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
     shown: dict[str, Rectangle] = {}

@@ -21,13 +21,7 @@ _NAMES = [f"{name}{i}" for name, count in PAGES_OF.items() for i in range(count)
 
 @cache
 def record_trace(frames: int = 4, prefetch: bool = False) -> tuple[PageEvent, ...]:
-    """What a real `PrefetchingPagedAdamW` does in two steps, with its states cut into ten pages.
-
-    >>> [event.what for event in record_trace(frames=10)][:10] == ["fault"] * 10
-    True
-    >>> record_trace(frames=4)[4]
-    PageEvent(page=4, what='fault', frame=0, evicted=0)
-    """
+    """What a real `PrefetchingPagedAdamW` does in two steps, with its states cut into ten pages."""
     elements = PAGE_BYTES // 8  # two float32 states for each
     parameters = {n: torch.nn.Parameter(torch.zeros(k * elements)) for n, k in PAGES_OF.items()}
     sizes = {"budget_bytes": frames * PAGE_BYTES, "page_bytes": PAGE_BYTES}

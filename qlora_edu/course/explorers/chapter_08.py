@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from qlora_edu.comparison import Equivalence, equivalence
 from qlora_edu.course.doctor import DATA
 from qlora_edu.course.explorers.core import Explorer
-from qlora_edu.course.plots import PALETTE, figure_png
+from qlora_edu.course.plots import PALETTE, figure_png, words_png
 
 STUDY_WAYS = (
     *("full", "lora", "qlora", "houlsby"),
@@ -39,32 +39,19 @@ def load_study() -> dict[str, Any]:
 
 
 def study_values(measure: str, way: str, rows: int = 3000) -> dict[int, float]:
-    """What each seed of a way came to, by seed; `rows` is the number of different rows.
-
-    >>> study_values("exact match", "no such way")
-    {}
-    """
+    """What each seed of a way came to, by seed; `rows` is the number of different rows."""
+    key = measure.replace(" ", "_").replace("-", "_")
     return {
-        run["seed"]: _measured(run, measure)
+        run["seed"]: math.log(run["text_perplexity"]) if measure == "forgetting" else run[key]
         for run in sorted(load_study()["runs"], key=lambda run: run["seed"])
         if run["part"] != "tuning" and run["way"] == way and run["rows"] == rows
     }
 
 
-def _measured(run: dict[str, Any], measure: str) -> float:
-    if measure == "forgetting":
-        return math.log(run["text_perplexity"])
-    return run[measure.replace(" ", "_").replace("-", "_")]
-
-
 def study_pairs(
     measure: str, first: str, second: str, seeds: int = 99
 ) -> tuple[list[float], list[float]]:
-    """The runs of two ways, paired by seed; the first `seeds` that both have.
-
-    >>> study_pairs("exact match", "no such way", "qlora")
-    ([], [])
-    """
+    """The runs of two ways, paired by seed; the first `seeds` that both have."""
     one, two = study_values(measure, first), study_values(measure, second)
     shared = sorted(one.keys() & two.keys())[:seeds]
     return [one[seed] for seed in shared], [two[seed] for seed in shared]
@@ -86,14 +73,13 @@ def draw_difference(
     ax: Axes, differences: list[float], found: Equivalence, margin: float, names: tuple[str, str]
 ) -> None:
     """Draw the interval of the mean difference over the band of the margin."""
-    low, high = found.difference.low, found.difference.high
+    middle, low, high = found.difference
     ax.axvspan(-margin, margin, color=PALETTE["device"], alpha=0.18)
     ax.axvline(0, color=PALETTE["ink"], linewidth=1)
     ax.plot([low, high], [0, 0], color=PALETTE["ink"], linewidth=4, solid_capstyle="butt")
-    ax.plot(found.difference.mean, 0, "D", color=PALETTE["ink"], markersize=8)
+    ax.plot(middle, 0, "D", color=PALETTE["ink"], markersize=8)
     ax.plot(differences, [-0.5] * len(differences), "o", color=PALETTE["highlight"], alpha=0.8)
     ax.text(0, 0.62, "the margin", ha="center", color=PALETTE["device"])
-    middle = found.difference.mean
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
     ax.text(middle, 0.18, "mean, and its interval", ha="center", color=PALETTE["ink"], bbox=box)
     ax.text(middle, -0.82, "each seed", ha="center", color=PALETTE["highlight"], bbox=box)
@@ -113,9 +99,9 @@ def render_study(
     """Draw the stored runs of two ways, the interval of their difference, and the verdict."""
     one, two = study_pairs(measure, first, second, seeds)
     if len(one) < 2:
-        return _say(f"{first} and {second} have no two seeds in common yet: make experiments")
+        return words_png(f"{first} and {second} have no two seeds in common yet: make experiments")
     if first == second:
-        return _say(f"{first} is {second}: choose two ways")
+        return words_png(f"{first} is {second}: choose two ways")
     found = equivalence(one, two, margin)
     figure, (left, right) = plt.subplots(
         ncols=2, figsize=(9.5, 3.8), width_ratios=(2, 3), layout="constrained"
@@ -130,13 +116,6 @@ def render_study(
         "not shown": f"nothing is shown at a margin of {margin:g}",
     }[found.verdict]
     figure.suptitle(f"{len(one)} seeds: {verdict}", fontsize=13, fontweight="bold")
-    return figure_png(figure)
-
-
-def _say(words: str) -> bytes:
-    figure, ax = plt.subplots(figsize=(9.5, 3.8))
-    ax.text(0.5, 0.5, words, ha="center", va="center", wrap=True)
-    ax.axis("off")
     return figure_png(figure)
 
 

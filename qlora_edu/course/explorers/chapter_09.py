@@ -59,11 +59,6 @@ def draw_trained_tokens(
 
     `trained[i]` says whether the loss looks at token `i`; tokens from `max_length` on are cut away.
     `width` is the line length in characters. A token that is nothing but spaces is drawn as ␣.
-
-    >>> figure = draw_trained_tokens(["Who", " ", "Ada"], [False, False, True], 9, "a row")
-    >>> [text.get_text() for text in figure.axes[0].texts][:3]
-    ['Who', '␣', 'Ada']
-    >>> plt.close(figure)
     """
     tokens = [token.replace("\n", "↵") for token in tokens]
     tokens = [token if token.strip(" ") else "␣" * len(token) for token in tokens]

@@ -12,7 +12,7 @@ from qlora_edu.comparison import Interval
 from qlora_edu.course.doctor import DATA
 from qlora_edu.course.explorers.chapter_08 import STUDY_COLOURS
 from qlora_edu.course.explorers.core import Explorer
-from qlora_edu.course.plots import PALETTE, figure_png
+from qlora_edu.course.plots import PALETTE, figure_png, words_png
 from qlora_edu.errors import EvaluationError
 from qlora_edu.evaluation import (
     Game,
@@ -55,9 +55,6 @@ def load_tournament() -> dict[str, Any]:
     """The answers of all systems to the same prompts, as benchmarks/tournament.py stored them.
 
     `systems` holds what each one is, by name; `rows` holds the rows of `qlora_edu.evaluation`.
-
-    >>> sorted(load_tournament()["rows"][0])
-    ['answers', 'family', 'prompt', 'wanted']
     """
     return json.loads(TOURNAMENT.read_text(encoding="utf-8"))
 
@@ -67,9 +64,6 @@ def tournament_games(judge: str) -> list[Game]:
     """The games of all prompts under one of `JUDGES`, each pair once per prompt.
 
     No judge here looks at the order: a second game with the answers swapped would tell nothing new.
-
-    >>> sorted({game.score for game in tournament_games("exact answer")})
-    [0.0, 0.5, 1.0]
     """
     return play(load_tournament()["rows"], JUDGES[judge], both_orders=False)
 
@@ -80,9 +74,6 @@ def tournament_ratings(judge: str, rating: str, prompts: int) -> dict[str, Inter
 
     Raises:
         EvaluationError: if Bradley–Terry has no finite estimate from so few.
-
-    >>> list(tournament_ratings("exact answer", "Elo over 1,000 orders", 150))[-1]
-    'base'
     """
     games = [game for game in tournament_games(judge) if game.row < prompts]
     rate = {ELO: elo_over_orders, BRADLEY_TERRY: bradley_terry_over_rows}[rating]
@@ -93,8 +84,6 @@ def tournament_ratings(judge: str, rating: str, prompts: int) -> dict[str, Inter
 def first_and_second(ratings: dict[str, Interval]) -> str:
     """Say who is first, and whether the interval reaches into that of the second.
 
-    >>> first_and_second({"a": Interval(1100, 1050, 1150), "b": Interval(1000, 940, 1060)})
-    'a is first, but its interval overlaps that of b'
     >>> first_and_second({"a": Interval(1100, 1050, 1150), "b": Interval(900, 840, 960)})
     'a is first, and its interval is clear of that of b'
     """
@@ -105,14 +94,7 @@ def first_and_second(ratings: dict[str, Interval]) -> str:
 
 
 def draw_ratings(ax: Axes, ratings: dict[str, Interval]) -> None:
-    """Draw an interval a system, the best on top, over the band of the first; merged ones hollow.
-
-    >>> figure, ax = plt.subplots()
-    >>> draw_ratings(ax, {"base": Interval(1000, 990, 1010)})
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['base']
-    >>> plt.close(figure)
-    """
+    """Draw a system's interval, the best on top, over the band of the first; merged ones hollow."""
     best = next(iter(ratings.values()))
     ax.axvspan(best.low, best.high, color=PALETTE["ink"], alpha=0.08, linewidth=0)
     about = load_tournament()["systems"]
@@ -131,14 +113,11 @@ def draw_ratings(ax: Axes, ratings: dict[str, Interval]) -> None:
 
 def render_tournament(judge: str = "exact answer", rating: str = ELO, prompts: int = 150) -> bytes:
     """Draw the ratings of the stored tournament with their intervals, as PNG bytes."""
-    figure, ax = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
     try:
         ratings = tournament_ratings(judge, rating, prompts)
     except EvaluationError as error:
-        words = f"{prompts} prompts are too few here: {error}"
-        ax.text(0.5, 0.5, words, ha="center", va="center", wrap=True)
-        ax.axis("off")
-        return figure_png(figure)
+        return words_png(f"{prompts} prompts are too few here: {error}")
+    figure, ax = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
     draw_ratings(ax, ratings)
     ax.set_title(f"{judge.capitalize()}, {prompts} prompts: {first_and_second(ratings)}")
     ax.set_xlabel(f"rating; the bar is {RATINGS[rating]}")
