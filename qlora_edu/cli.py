@@ -92,7 +92,7 @@ def plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(**_describe("plan", usage))
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
     parser.add_argument("--card", type=_card, default=24.0, metavar="GB", help="the card's memory")
-    defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
+    defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw_torch"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
     for name, default in defaults.items():
         kind = string_to_bool if isinstance(default, bool) else type(default)
