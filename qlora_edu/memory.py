@@ -124,6 +124,7 @@ class MemoryPlan:
     def moments(self) -> dict[str, dict[str, int]]:
         """For each part of the step the rows of the ledger at its worst event."""
         live, marks = self.trace.live(self.batch_size, self.max_length), self.trace.marks
+        held = self.held
         head, turn = marks["head"], marks[f"back to {self.trace.blocks}"]
         parts = {
             "forward": live[:head],
@@ -134,9 +135,9 @@ class MemoryPlan:
         for name, part in parts.items():
             worst = part[part.sum(axis=1).argmax()]
             traced = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
-            moments[name] = {**self.held, **traced}
+            moments[name] = {**held, **traced}
         moments["optimizer step"] = {
-            **self.held,
+            **held,
             "optimizer states": self.state_bytes,
             "gradients": self.gradient_bytes,
             "workspace": self._optimizer_workspace(),

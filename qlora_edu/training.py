@@ -45,8 +45,7 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
 def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
     """Cross-entropy, in nats, of each answer token given everything before it.
 
-    `model` takes `input_ids` and `attention_mask` and returns an object with `.logits`; `reduction`
-    is "mean" over the answer tokens, "sum", or "none".
+    `reduction` is "mean" over the answer tokens, "sum", or "none".
     """
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -98,11 +97,8 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of step 0, 1, 2 … as `transformers.get_scheduler` would set it.
 
-    All schedules but "constant" rise from 0 over `warmup_steps`; "linear" and "cosine" then fall to
-    0 at `total_steps`.
-
-    Raises:
-        TrainingError: another schedule, a negative warm-up, or a step after the last.
+    All but "constant" rise from 0 over `warmup_steps`; "linear" and "cosine" then fall to 0 at
+    `total_steps`. Another schedule, a negative warm-up or a later step raises `TrainingError`.
 
     >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
     [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
@@ -127,7 +123,8 @@ def check_schedule(step: int, lr_scheduler_type: str, warmup_steps: int, total_s
     if warmup_steps < 0:
         raise TrainingError(f"warmup_steps must be 0 or more, not {warmup_steps}")
     if lr_scheduler_type in ("linear", "cosine") and not step <= total_steps > 0:
-        raise TrainingError(f"a {lr_scheduler_type} schedule ends at {total_steps=}, not {step=}")
+        what = f"a {lr_scheduler_type} schedule ends at {total_steps=}"
+        raise TrainingError(f"{what}, and step {step} is asked for: pass the number of all steps")
 
 
 def accumulate(model: nn.Module, parts: Sequence[Batch], tokens: int) -> float:
@@ -153,8 +150,8 @@ def train(
 ) -> list[float]:
     """Take one AdamW step per `gradient_accumulation_steps` batches; return the loss before each.
 
-    Only parameters that require a gradient are trained; the batches are those of `collate`. `lr` is
-    the highest learning rate, `schedule` goes to `learning_rate_at`.
+    Only parameters that require a gradient are trained; `lr` is the highest learning rate, and
+    `schedule` goes to `learning_rate_at`.
 
     Raises:
         TrainingError: nothing is trainable, a step has no answer token, the loss stops being

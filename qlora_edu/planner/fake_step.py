@@ -55,13 +55,10 @@ _CHOICES: dict[str, tuple] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What decides which tensors a training step makes; the planner's arguments.
+    """What decides which tensors a training step makes; `PlanError` names a wrong value.
 
     `dtype` is that of weights that are not quantised, and of the computation; `backend` says whose
     4-bit layers and adapters they are: ours, or bitsandbytes' and PEFT's.
-
-    Raises:
-        PlanError: naming a setting, its value, and what it should have been.
     """
 
     method: str = "qlora"
@@ -101,9 +98,7 @@ def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.M
     """Build a causal language model with random weights, ready to train.
 
     `fake=True` is for use inside `without_memory`: 4-bit weights are made without quantising.
-
-    Raises:
-        PlanError: the configuration is of no causal language model, or no layer fits the method.
+    `PlanError` says that the model is no causal language model, or has no layer for the method.
     """
     config = copy.deepcopy(config)
     config.use_cache = False
@@ -145,17 +140,14 @@ def quantize_layers(model: nn.Module, settings: StepSettings, fake: bool = False
 
 def quantized_layer(linear: Any, settings: StepSettings, fake: bool = False) -> nn.Module:
     """The 4-bit layer of a backend with this layer's weight and bias."""
-    weight = linear.weight.detach()
     if settings.backend == "bitsandbytes":
-        return _their_layer(linear, weight, settings, fake)
-    quantise = pretend_to_quantize if fake else quantize
+        return _their_layer(linear, settings, fake)
+    weight, quantise = linear.weight.detach(), pretend_to_quantize if fake else quantize
     packed = quantise(weight, settings.quant_type, settings.blocksize, settings.double_quant)
     return FusedQLoRALinear(packed, settings.r, LORA_ALPHA, settings.lora_dropout, bias=linear.bias)
 
 
-def _their_layer(
-    linear: nn.Linear, weight: Tensor, settings: StepSettings, fake: bool
-) -> nn.Module:
+def _their_layer(linear: nn.Linear, settings: StepSettings, fake: bool) -> nn.Module:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -164,7 +156,7 @@ def _their_layer(
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     with unset_fake_temporarily():
         layer = Linear4bit(*shape, getattr(torch, settings.dtype), **kept, device="meta")
-    packed, state = quantize_4bit(weight, blocksize=settings.blocksize, **kept)
+    packed, state = quantize_4bit(linear.weight.detach(), blocksize=settings.blocksize, **kept)
     if fake:  # a fake tensor cannot become a Params4bit; an attribute or two is all that counts
         parameter = nn.Parameter(packed, requires_grad=False)
         vars(parameter).update(kept, quant_storage=torch.uint8, quant_state=state)

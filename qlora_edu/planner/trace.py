@@ -73,8 +73,7 @@ def _silent_stderr() -> Iterator[None]:
 class Allocations(TorchDispatchMode):
     """Record each change of live bytes while operations run, on real tensors or on fake ones.
 
-    `events` holds `(number, change)` in bytes: positive when a storage is first seen and gets its
-    number, negative when its last tensor is released.
+    `events` holds `(number of a storage, change)`: negative when its last tensor is released.
 
     >>> x = torch.ones(1000)
     >>> with Allocations() as allocations:

@@ -47,12 +47,8 @@ def write_random(
 ) -> Path:
     """Write a model of random weights as a Hugging Face folder, never holding more than one shard.
 
-    `model` is as for `plan_memory`. The tokenizer is that of the embedded base: any text becomes
-    ids that the model has. `config.json` says `"random_init": true`.
-
-    Raises:
-        RunExistsError: the folder is there already.
-        PlanError: the model is not known.
+    `model` is as for `plan_memory`; the tokenizer is that of the embedded base, and `config.json`
+    says `"random_init": true`. A folder that is there already is a `RunExistsError`.
     """
     from safetensors.torch import save_file
 
