@@ -272,9 +272,11 @@ def sizes() -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def plan_command(row: dict[str, Any]) -> str:
     """The command that plans the step of a stored result."""
+    # The results were stored when the planner called PyTorch's own by a shorter name.
+    optim = "adamw_torch" if row["optimizer"] == "adamw" else row["optimizer"]
     return (
         f"python -m qlora_edu plan {row['model']} --card {row['card_bytes'] / 1e9:.0f} "
-        f"--adapter_dtype {row['settings']['adapter_dtype']} --optim {row['optimizer']} "
+        f"--adapter_dtype {row['settings']['adapter_dtype']} --optim {optim} "
         f"--backend {row['stack']}"
     )
 

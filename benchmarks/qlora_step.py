@@ -38,8 +38,7 @@ def make_models(width: int) -> tuple[nn.Module, nn.Module]:
     settings = {"r": RANK, "dtype": "float32", "gradient_checkpointing": False}
     for model, backend in ((ours, "qlora_edu"), (theirs, "bitsandbytes")):
         step = StepSettings(backend=backend, **settings)
-        adapted = quantize_layers(model, step, lora_alpha=2 * RANK)
-        add_adapters(model, step, adapted, lora_alpha=2 * RANK)
+        add_adapters(model, step, quantize_layers(model, step))
     adapters = {f"base_model.model.{k}": v for k, v in get_peft_model_state_dict(theirs).items()}
     load_adapters(ours, adapters, allow_untrained=True)
     return ours, theirs

@@ -80,7 +80,7 @@ def plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(**_about("plan", "MODEL [--card GB] [--SETTING VALUE ...]"))
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a folder, or a name on the Hub")
     parser.add_argument("--card", type=float, default=24.0, metavar="GB", help="the card's memory")
-    defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw"}
+    defaults = {"batch_size": 1, "max_length": 512, "optim": "adamw_torch"}
     defaults |= {field.name: field.default for field in fields(StepSettings)}
     meanings = {field.name: field.metadata["help"] for field in fields(FinetuneConfig)} | PLANNED
     for name, default in defaults.items():

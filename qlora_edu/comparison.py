@@ -17,11 +17,7 @@ class Interval(NamedTuple):
 
 
 def no_spread(values: Sequence[float]) -> bool:
-    """Whether values are the same but for rounding.
-
-    >>> no_spread([0.9 - 0.8, 0.8 - 0.7]), no_spread([0.1, 0.11])
-    (True, False)
-    """
+    """Whether values are the same but for rounding."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
@@ -47,10 +43,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 class Equivalence(NamedTuple):
     """What two one-sided tests say of the mean difference between two methods.
 
-    `difference` is the mean of (first - second) over the seeds, with its interval at 1 - 2 * level;
-    `p` the larger of the two p values; `equivalent` whether both tests refute "they differ by the
-    margin or more"; `verdict` "equivalent", "different" (by more than the margin, surely) or "not
-    shown".
+    `difference` has its interval at 1 - 2 * level, `p` is the larger of the two p values. `verdict`
+    is "equivalent", "different" (by more than the margin, surely) or "not shown".
     """
 
     difference: Interval
@@ -65,13 +59,9 @@ def equivalence(
     """Are two methods equal up to `margin`? Two one-sided t tests on runs paired by seed.
 
     A test that finds *no difference* proves nothing: with few seeds hardly any test finds one. So
-    the burden is turned round: "they differ by the margin or more" has to be refuted on both sides.
-
-    Args:
-        margin: in the unit of the values; to be chosen before the runs are looked at.
-        level: of each of the two tests.
-
-    Source: Schuirmann, "A comparison of the two one-sided tests procedure" (1987).
+    "they differ by the margin or more" has to be refuted on both sides, each at `level`. The margin
+    is in the unit of the values, and chosen before the runs are looked at. Source: Schuirmann, "A
+    comparison of the two one-sided tests procedure" (1987).
 
     >>> full, qlora = [0.95, 0.97, 0.96, 0.97], [0.94, 0.97, 0.97, 0.96]
     >>> equivalence(qlora, full, margin=0.03).verdict

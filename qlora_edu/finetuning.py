@@ -243,6 +243,6 @@ def plan_run(config: FinetuneConfig, model: Any = None) -> MemoryPlan:
         locate(config.model) if model is None else model,
         batch_size=config.batch_size,
         max_length=config.max_length,
-        optim=config.optim.replace("adamw_torch", "adamw"),
+        optim=config.optim,
         **settings,
     )

@@ -7,27 +7,25 @@ section 2; "Training Deep Nets with Sublinear Memory Cost" (Chen et al., 2016).
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
-
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlora_edu.errors import DoesNotFitError, PlanError
 from qlora_edu.files.host_tier import NEVER_PAGED
 from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration, nearest
 from qlora_edu.planner import MODELS as MODELS
-from qlora_edu.planner.fake_step import StepSettings, check_whole, trace_step
+from qlora_edu.planner.fake_step import StepSettings, trace_step
 from qlora_edu.planner.trace import KINDS, ROWS, StepTrace
+from qlora_edu.text.conversations import require_counts
 
 GIB = 2**30
 RESERVE = GIB
 """Bytes of a card that no tensor gets: CUDA's context, its libraries, gaps between allocations."""
 
-OPTIMIZERS = ("adamw", "adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+OPTIMIZERS = ("adamw_torch", "adamw_32bit", "adamw_8bit")
+OPTIMIZERS += ("paged_adamw_32bit", "paged_adamw_8bit", "sgd")
 ALWAYS_32_BIT = 4096
 """bitsandbytes keeps the states of smaller tensors in float32."""
 
@@ -84,8 +82,7 @@ class MemoryPlan:
     optim: str
 
     def __post_init__(self) -> None:
-        check_whole("batch_size", self.batch_size)
-        check_whole("max_length", self.max_length)
+        require_counts(PlanError, batch_size=self.batch_size, max_length=self.max_length)
         if self.optim not in OPTIMIZERS:
             raise PlanError(f"optim must be one of {OPTIMIZERS}, not {self.optim!r}")
 
@@ -94,62 +91,67 @@ class MemoryPlan:
         """Every allocation of a step without memory."""
         return trace_step(self.config, self.settings, self.batch_size, self.max_length)
 
-    @cached_property
+    @property
     def held(self) -> dict[str, int]:
         """Bytes that stay on the device through the whole step: weights and optimizer states."""
         return {**self.trace.weights, "optimizer states": self.state_bytes - self.host_bytes}
 
-    @cached_property
+    @property
     def state_bytes(self) -> int:
         """Bytes of all optimizer states, wherever they are."""
         return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in self.trace.trained)
 
-    @cached_property
+    @property
     def host_bytes(self) -> int:
         """Bytes of optimizer states that a paged optimizer can push out to the host."""
         if not self.optim.startswith("paged"):
             return 0
-        large = (one for one in self.trace.trained if one[0] >= NEVER_PAGED)
-        return sum(_state_bytes(*one, self.optim) for one in large)
+        large = [(n, nbytes) for n, nbytes in self.trace.trained if n >= NEVER_PAGED]
+        return sum(_state_bytes(n, nbytes, self.optim) for n, nbytes in large)
 
-    @cached_property
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of all gradients; each has the dtype of its parameter."""
         return sum(nbytes for _, nbytes in self.trace.trained)
 
-    @cached_property
+    @property
     def activation_bytes(self) -> int:
         """Bytes of activations that wait for the backward pass when the last block is through."""
         live = self.trace.live(self.batch_size, self.max_length)
         return round(live[self.trace.marks["head"] - 1].sum())
 
     @cached_property
-    def without_checkpointing(self) -> Self:
-        """The same step with every activation kept."""
-        return replace(self, settings=replace(self.settings, gradient_checkpointing=False))
-
-    @cached_property
     def moments(self) -> dict[str, dict[str, int]]:
         """For each part of the step the rows of the ledger at its worst event."""
         live, marks = self.trace.live(self.batch_size, self.max_length), self.trace.marks
+        held = self.held
         head, turn = marks["head"], marks[f"back to {self.trace.blocks}"]
-        parts = {"forward": live[:head], "logits and loss": live[head:turn]}
+        parts = {
+            "forward": live[:head],
+            "logits and loss": live[head:turn],
+            "backward": live[turn:],
+        }
         moments = {}
-        for name, part in {**parts, "backward": live[turn:]}.items():
+        for name, part in parts.items():
             worst = part[part.sum(axis=1).argmax()]
             traced = {kind: round(nbytes) for kind, nbytes in zip(KINDS, worst, strict=True)}
-            moments[name] = {**self.held, **traced}
-        last = {"gradients": self.gradient_bytes, "workspace": self._optimizer_workspace()}
-        step = {**self.held, "optimizer states": self.state_bytes, **last}
-        return {**moments, "optimizer step": step}
+            moments[name] = {**held, **traced}
+        moments["optimizer step"] = {
+            **held,
+            "optimizer states": self.state_bytes,
+            "gradients": self.gradient_bytes,
+            "workspace": self._optimizer_workspace(),
+        }
+        return moments
 
     def _optimizer_workspace(self) -> int:
         # PyTorch's AdamW makes its denominator in new tensors: two of the parameter's size one by
         # one on a CPU, those of all parameters at a time on CUDA. Fused kernels need none.
-        sizes = [nbytes for _, nbytes in self.trace.trained]
-        if self.optim != "adamw":
+        if self.optim != "adamw_torch":
             return 0
-        return sum(sizes) if self.settings.device == "cuda" else 2 * max(sizes)
+        if self.settings.device == "cuda":
+            return self.gradient_bytes
+        return 2 * max(nbytes for _, nbytes in self.trace.trained)
 
     @property
     def peak_moment(self) -> str:
@@ -170,53 +172,42 @@ class MemoryPlan:
         """The same step with another `batch_size`, `max_length` or `optim`."""
         return replace(self, **changes)
 
-    def spare_bytes(self, card_gib: float, reserve: int = RESERVE) -> float:
-        """Bytes that a card of so many GiB has left at the peak; below zero, it is too small."""
+    def spare_bytes(self, card_gib: float) -> float:
+        """Bytes of a card left at the peak, with `RESERVE` set aside; below 0 it is too small."""
         if isinstance(card_gib, bool) or not isinstance(card_gib, int | float) or not card_gib > 0:
             raise PlanError(f"a card has a positive number of GiB, not {card_gib!r}")
-        return card_gib * GIB - reserve - self.peak_bytes
+        return card_gib * GIB - RESERVE - self.peak_bytes
 
-    def fits(self, card_gib: float, reserve: int = RESERVE) -> bool:
-        """Whether the peak, and what no tensor gets, fit on a card."""
-        return self.spare_bytes(card_gib, reserve) >= 0
-
-    def longest_length(self, card_gib: float, reserve: int = RESERVE) -> int:
+    def longest_length(self, card_gib: float) -> int:
         """Find the most tokens a row may have for the step to fit; 0 if it never does."""
         return bisect_right(  # as many lengths fit as lie before the first that does not
-            range(1, 2**24), False, key=lambda n: not self.at(max_length=n).fits(card_gib, reserve)
+            range(1, 2**24), False, key=lambda n: self.at(max_length=n).spare_bytes(card_gib) < 0
         )
 
-    def sentence(self, card_gib: float, reserve: int = RESERVE) -> str:
-        """Say whether it fits on a card, with how much to spare, and how long a row may be.
-
-        A "24 GB" card is taken to have 24 GiB, of which `reserve` bytes go to no tensor.
-        """
-        spare = self.spare_bytes(card_gib, reserve)
+    def sentence(self, card_gib: float) -> str:
+        """Say whether it fits on a card, with how much to spare, and how long a row may be."""
+        spare = self.spare_bytes(card_gib)
         card = f"{'an' if f'{card_gib:g}'.startswith('8') else 'a'} {card_gib:g} GB card"
         verdict = f"fits on {card} with {spare / GIB:,.1f} GiB to spare"
         if spare < 0:
             verdict = f"does not fit on {card}: {-spare / GIB:,.1f} GiB too much"
-        longest = self.longest_length(card_gib, reserve)
+        longest = self.longest_length(card_gib)
         return f"{self.name}, {self.settings.method}: {verdict}; longest sequence {longest:,}"
 
     def table(self) -> str:
         """The ledger in GiB: a row for each sort of byte, a column for each part of the step."""
-        moments = self.moments
-        names = [row for row in ROWS if any(moment.get(row) for moment in moments.values())]
-        head = f"{'GiB':<24}" + "".join(f"{moment:>17}" for moment in moments)
-        lines = {row: [moment.get(row, 0) for moment in moments.values()] for row in names}
-        lines["sum"] = [sum(moment.values()) for moment in moments.values()]
-        said = [f"{k:<24}" + "".join(f"{n / GIB:>17.3f}" for n in v) for k, v in lines.items()]
-        notes = [f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}"]
-        if self.settings.gradient_checkpointing:
-            kept, all_kept = self.activation_bytes, self.without_checkpointing.activation_bytes
-            notes.append(
-                f"activations when the loss begins: {kept / GIB:.3f} GiB; "
-                f"without checkpointing {all_kept / GIB:.3f}"
-            )
+        moments = self.moments.values()
+        lines = {row: [moment.get(row, 0) for moment in moments] for row in ROWS}
+        lines = {row: sizes for row, sizes in lines.items() if any(sizes)}
+        lines["sum"] = [sum(moment.values()) for moment in moments]
+        said = [f"{'GiB':<24}" + "".join(f"{name:>17}" for name in self.moments)]
+        for row, sizes in lines.items():
+            said.append(f"{row:<24}" + "".join(f"{size / GIB:>17.3f}" for size in sizes))
+        said.append(f"peak: {self.peak_bytes / GIB:.3f} GiB, in the {self.peak_moment}")
+        said.append(f"activations when the loss begins: {self.activation_bytes / GIB:.3f} GiB")
         if self.host_bytes:
-            notes.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
-        return "\n".join([head, *said, *notes])
+            said.append(f"on the host: optimizer states, {self.host_bytes / GIB:.3f} GiB")
+        return "\n".join(said)
 
     __str__ = table
 
@@ -227,7 +218,7 @@ def plan_memory(
     *,
     batch_size: int = 1,
     max_length: int = 512,
-    optim: str = "adamw",
+    optim: str = "adamw_torch",
     **settings: Any,
 ) -> MemoryPlan:
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
@@ -237,9 +228,10 @@ def plan_memory(
             name on the Hub; a Hugging Face configuration, as a dictionary too; or a model.
         method: "full", "lora", "qlora" or "houlsby".
         batch_size: rows per step, of `max_length` tokens each.
-        optim: "adamw" is PyTorch's, whose states have the dtype of the parameters; the others are
-            bitsandbytes' with states in 32 or 8 bits, and "sgd" has none. What a paged one can push
-            out to the host counts on the device only in the optimizer step.
+        optim: transformers' names. The states of "adamw_torch" have the dtype of the parameters,
+            "sgd" has none; the others are bitsandbytes' with states in 32 or 8 bits
+            ("adamw_32bit" is for comparison: transformers has only the paged one). What a paged one
+            can push out to the host counts on the device only in the optimizer step.
         settings: fields of `StepSettings`: `r`, `target_modules`, dtypes and so on.
 
     Raises:
@@ -259,17 +251,17 @@ def plan_memory(
     return plan
 
 
-def _state_bytes(n: int, nbytes: int, optimizer: str) -> int:
+def _state_bytes(n: int, nbytes: int, optim: str) -> int:
     """Bytes of the two running means of a trained tensor of `n` numbers and `nbytes` bytes.
 
-    >>> [_state_bytes(65536, 131072, name) for name in ("adamw", "adamw_32bit", "adamw_8bit")]
-    [262144, 524288, 133120]
+    >>> [_state_bytes(65536, 131072, name) for name in ("adamw_torch", "adamw_32bit")]
+    [262144, 524288]
     """
-    if optimizer == "sgd":
+    if optim == "sgd":
         return 0
-    if optimizer == "adamw":
+    if optim == "adamw_torch":
         return 2 * nbytes
-    if optimizer.endswith("32bit") or n < ALWAYS_32_BIT:
+    if optim.endswith("32bit") or n < ALWAYS_32_BIT:
         return 2 * 4 * n
     return 2 * (n + 4 * -(-n // 256))
 
@@ -284,63 +276,17 @@ def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> 
         DoesNotFitError: naming the rows, their lengths, and what to do.
 
     >>> plan = plan_memory("llama-7b", "qlora", batch_size=4)
-    >>> check_lengths(plan, [512, 600, 200000], card_gib=24)  # doctest: +IGNORE_EXCEPTION_DETAIL
+    >>> check_lengths(plan, [512, 600, 200000], card_gib=24)
     Traceback (most recent call last):
-    qlora_edu.errors.DoesNotFitError: 1 of 3 rows is too long for a 24 GB card at batch 4: ...
+    qlora_edu.errors.DoesNotFitError: 1 of 3 rows too long for a 24 GB card at batch 4, as row 2 ...
     """
     longest = plan.longest_length(card_gib)
-    over = [(row, length) for row, length in enumerate(lengths) if length > longest]
+    over = [row for row, length in enumerate(lengths) if length > longest]
     if over:
-        named = ", ".join(f"row {row} with {length:,} tokens" for row, length in over[:5])
-        more = f" and {len(over) - 5} more" if len(over) > 5 else ""
-        ways = ["a smaller batch"] * (plan.batch_size > 1)
-        ways += ["gradient_checkpointing=True"] * (not plan.settings.gradient_checkpointing)
-        make_room = f", or make room with {' or '.join(ways)}" if ways else ""
+        named = ", ".join(f"row {row} with {lengths[row]:,} tokens" for row in over[:5])
         raise DoesNotFitError(
-            f"{len(over)} of {len(lengths)} rows {'is' if len(over) == 1 else 'are'} too long for "
-            f"a {card_gib:g} GB card at batch {plan.batch_size}: {named}{more}. At most "
-            f"{longest:,} tokens fit: cut or drop these rows{make_room}"
+            f"{len(over)} of {len(lengths)} rows too long for a {card_gib:g} GB card at batch "
+            f"{plan.batch_size}, as {named}. At most {longest:,} tokens fit: cut or drop these "
+            "rows, take a smaller batch, or set gradient_checkpointing=True"
         )
     return longest
-
-
-class _Recomputed(torch.autograd.Function):
-    """Forget what a block computed on the way forward, and compute it again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        ctx.block, ctx.rng_state = block, torch.get_rng_state()
-        ctx.save_for_backward(x)
-        return block(x)  # inside a Function nothing is recorded
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.set_rng_state(ctx.rng_state)  # dropout must fall as it fell before
-            y = ctx.block(x)
-        torch.autograd.backward(y, grad_y)
-        return None, x.grad
-
-
-def recompute(block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`block(x)`, keeping only `x` for the backward pass: gradient checkpointing on a CPU.
-
-    The block runs twice. Equals `torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)`;
-    as there, `x` must require a gradient, or the block's parameters get none.
-
-    Raises:
-        PlanError: if gradients are on and `x` requires none.
-
-    >>> x = torch.ones(3, requires_grad=True)
-    >>> recompute(torch.exp, x).sum().backward()
-    >>> torch.equal(x.grad, x.exp())
-    True
-    """
-    if torch.is_grad_enabled() and not x.requires_grad:
-        raise PlanError(
-            "the input of a recomputed block must require a gradient, or its parameters would get "
-            "none; call x.requires_grad_(), or model.enable_input_require_grads()"
-        )
-    return _Recomputed.apply(block, x)

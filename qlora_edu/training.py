@@ -45,8 +45,7 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) 
 def completion_loss(model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
     """Cross-entropy, in nats, of each answer token given everything before it.
 
-    `model` takes `input_ids` and `attention_mask` and returns an object with `.logits`; `reduction`
-    is "mean" over the answer tokens, "sum", or "none".
+    `reduction` is "mean" over the answer tokens, "sum", or "none".
     """
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -69,10 +68,9 @@ def row_order(
 ) -> list[int]:
     """Which row is read when: `wanted` indices into `rows`, shuffled anew for every pass.
 
-    The whole order is settled before the first step, so that a run that was interrupted, or that is
-    spread over several processes, reads the same rows. With `lengths` rows of like length come
-    together, which saves padding: stretches of `50 * group` rows are sorted, the longest first;
-    `group` is the rows per step.
+    It is settled before the first step: a run that goes on later, or in several processes, reads
+    the same rows. With `lengths` rows of like length come together, which saves padding: stretches
+    of `50 * group` rows are sorted, the longest first; `group` is the rows per step.
 
     >>> row_order(3, 7, seed=0)
     [2, 0, 1, 2, 1, 0, 1]
@@ -99,11 +97,8 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of step 0, 1, 2 … as `transformers.get_scheduler` would set it.
 
-    All schedules but "constant" rise from 0 over `warmup_steps`; "linear" and "cosine" then fall to
-    0 at `total_steps`.
-
-    Raises:
-        TrainingError: another schedule, a negative warm-up, or a step after the last.
+    All but "constant" rise from 0 over `warmup_steps`; "linear" and "cosine" then fall to 0 at
+    `total_steps`. Another schedule, a negative warm-up or a later step raises `TrainingError`.
 
     >>> [learning_rate_at(step, 8.0, "linear", 2, 6) for step in range(6)]
     [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
@@ -128,10 +123,8 @@ def check_schedule(step: int, lr_scheduler_type: str, warmup_steps: int, total_s
     if warmup_steps < 0:
         raise TrainingError(f"warmup_steps must be 0 or more, not {warmup_steps}")
     if lr_scheduler_type in ("linear", "cosine") and not step <= total_steps > 0:
-        raise TrainingError(
-            f"a {lr_scheduler_type} schedule ends at {total_steps=}, and step {step} is asked for: "
-            "pass the number of all steps"
-        )
+        what = f"a {lr_scheduler_type} schedule ends at {total_steps=}"
+        raise TrainingError(f"{what}, and step {step} is asked for: pass the number of all steps")
 
 
 def accumulate(model: nn.Module, parts: Sequence[Batch], tokens: int) -> float:
@@ -157,11 +150,8 @@ def train(
 ) -> list[float]:
     """Take one AdamW step per `gradient_accumulation_steps` batches; return the loss before each.
 
-    Args:
-        model: only its parameters that require a gradient are trained.
-        batches: of `collate`.
-        lr: the highest learning rate; `schedule` goes to `learning_rate_at`.
-        max_grad_norm: longer gradients are shortened to this.
+    Only parameters that require a gradient are trained; `lr` is the highest learning rate, and
+    `schedule` goes to `learning_rate_at`.
 
     Raises:
         TrainingError: nothing is trainable, a step has no answer token, the loss stops being
@@ -191,9 +181,7 @@ def check_training(
 ) -> None:
     """Refuse to train nothing, or with a setting that means nothing."""
     if not trained:
-        raise TrainingError(
-            "no parameter requires a gradient; call add_lora or replace_linear_layers first"
-        )
+        raise TrainingError("no parameter requires a gradient: call add_lora, for one, first")
     require_counts(TrainingError, gradient_accumulation_steps=gradient_accumulation_steps)
     if not max_grad_norm > 0:
         raise TrainingError(f"max_grad_norm must be above 0 (inf never clips), not {max_grad_norm}")
@@ -227,7 +215,7 @@ def generate_answers(
 ) -> list[str]:
     """Answer each conversation greedily, in the order given; stops at the end token.
 
-    Prompts are padded on the left, so that every answer begins right after its question, and is the
+    Prompts are padded on the left, so that each answer begins right after its question, and is the
     same alone and in a batch (up to ties within float rounding).
     """
     require_counts(TrainingError, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -238,14 +226,14 @@ def generate_answers(
         chosen = order[start : start + batch_size]
         ids = pad([encoded[i] for i in chosen], tokenizer.pad_token_id, side="left")
         mask = pad([[1] * len(encoded[i]) for i in chosen], 0, side="left")
-        prompt = {"input_ids": ids, "attention_mask": mask}
         with evaluating(model):
             out = model.generate(
-                **{name: tensor.to(device_of(model)) for name, tensor in prompt.items()},
-                **GREEDY,
+                input_ids=ids.to(device_of(model)),
+                attention_mask=mask.to(device_of(model)),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
+                **GREEDY,
             )
         for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             answer = new[: new.index(end)] if end in new else new
@@ -260,8 +248,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     0.5
     """
     if not predictions or len(predictions) != len(references):
-        found = f"{len(predictions)} predictions for {len(references)} references"
-        raise TrainingError(f"{found}; need one for each")
+        sizes = f"{len(predictions)} predictions for {len(references)} references"
+        raise TrainingError(f"{sizes}; need one for each")
     pairs = zip(predictions, references, strict=True)
     return sum(mine.strip() == theirs.strip() for mine, theirs in pairs) / len(references)
 

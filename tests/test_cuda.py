@@ -7,6 +7,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.gpu.build import build_random
 from qlora_edu.finetuning import finetune
 from qlora_edu.kernels import PrefetchingPagedAdamW
 from qlora_edu.memory import plan_memory
@@ -14,7 +15,6 @@ from qlora_edu.paging import PagedAdamW
 from qlora_edu.planner.fake_step import training_loss
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_run
-from qlora_edu.production.random_weights import build_random
 from qlora_edu.qlora import QLoRALinear
 from qlora_edu.quantized import quantize
 from qlora_edu.training import generate_answers

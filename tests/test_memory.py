@@ -1,4 +1,4 @@
-"""The planner against real steps, stored measurements and PyTorch's own checkpointing."""
+"""The planner against real steps and stored measurements."""
 
 import json
 
@@ -7,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import LLAMA, make_config, measured_peak
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_edu.errors import DoesNotFitError, ModelUnavailableError, PlanError
@@ -18,13 +16,13 @@ from qlora_edu.memory import (
     LLAMA_SHAPES,
     MODELS,
     OPTIMIZERS,
+    RESERVE,
     check_lengths,
     llama_parameters,
     nf4_bits_per_weight,
     plan_memory,
-    recompute,
 )
-from qlora_edu.planner.trace import ROWS, trace_memory
+from qlora_edu.planner.trace import ROWS
 from qlora_edu.quantized import quantize
 
 STORED = json.loads((ROOT / "data" / "results" / "memory.json").read_text(encoding="utf-8"))
@@ -138,11 +136,8 @@ def test_rows_of_every_moment_have_names_and_add_up():
     assert any(line.startswith("quantisation constants") for line in lines)
     assert lines[-2].startswith("peak: ")
     kept = plan_memory(make_config(), "qlora", r=4, gradient_checkpointing=False)
-    assert (
-        plan.without_checkpointing.rows == kept.rows
-        and str(kept).count("gradient_checkpointing") == 0
-    )
-    assert f"without checkpointing {kept.activation_bytes / GIB:.3f}" in lines[-1]
+    assert kept.activation_bytes > plan.activation_bytes
+    assert lines[-1].endswith(f"loss begins: {plan.activation_bytes / GIB:.3f} GiB")
 
 
 @settings(max_examples=25, deadline=None)
@@ -158,7 +153,7 @@ def test_more_tokens_never_need_less(batch, length, method):
 @given(st.floats(0.01, 4), st.integers(1, 4))
 def test_the_longest_length_fits_and_the_next_does_not(card, batch):
     plan = plan_memory(make_config(), "qlora", batch_size=batch, r=4)
-    longest = plan.longest_length(card, reserve=0)
+    longest = plan.longest_length(card + RESERVE / GIB)
     if longest:
         assert plan.at(max_length=longest).peak_bytes <= card * GIB
     assert plan.at(max_length=longest + 1).peak_bytes > card * GIB
@@ -174,14 +169,13 @@ def test_the_sentence():
     assert "does not fit on a 4 GB card" in plan.sentence(4)
     assert "longest sequence 0" in plan.sentence(4)
     assert "fits on an 8 GB card" in plan.sentence(8)
-    assert plan.fits(8) and plan.fits(24) and not plan.fits(4)
-    assert plan.fits(plan.peak_bytes / GIB, reserve=0) and not plan.fits(plan.peak_bytes / GIB)
+    assert plan.spare_bytes((plan.peak_bytes + RESERVE) / GIB) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("card", [-5, 0, float("nan"), "24", None, True])
 def test_a_card_has_a_positive_number_of_gib(card):
     plan = plan_memory(LLAMA, "lora", r=4)
-    for ask in (plan.fits, plan.sentence, plan.longest_length):
+    for ask in (plan.spare_bytes, plan.sentence, plan.longest_length):
         with pytest.raises(PlanError, match="positive number of GiB"):
             ask(card)
 
@@ -194,7 +188,7 @@ def test_print_shows_the_table_and_repr_is_short():
 
 @pytest.mark.parametrize(
     ("optimizer", "bytes_a_number"),
-    [("adamw", 4), ("adamw_32bit", 8), ("adamw_8bit", 2 * (1 + 4 / 256)), ("sgd", 0)],
+    [("adamw_torch", 4), ("adamw_32bit", 8), ("adamw_8bit", 2 * (1 + 4 / 256)), ("sgd", 0)],
 )
 def test_optimizer_states(optimizer, bytes_a_number):
     config = make_config(vocab_size=8192)  # every matrix is a multiple of 256 and above 4,096
@@ -263,9 +257,9 @@ def test_a_folder_that_is_no_model_and_a_hub_out_of_reach_are_told_apart(tmp_pat
     with pytest.raises(PlanError, match="has no config.json"):
         plan_memory(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(PlanError, match="describes no model"):
+    with pytest.raises(PlanError, match="describes a model"):
         plan_memory(tmp_path)
-    with pytest.raises(ModelUnavailableError, match="the Hub does not give.*Check the name"):
+    with pytest.raises(ModelUnavailableError, match="the Hub does not give.*check name"):
         plan_memory("meta-llama/Llama-2-7b-hf")
 
 
@@ -294,71 +288,9 @@ def test_rows_that_are_too_long_are_named():
     with pytest.raises(DoesNotFitError) as caught:
         check_lengths(plan, [5, longest + 1, 7, longest + 9], 1.5)
     message = str(caught.value)
-    assert "2 of 4 rows are too long" in message and f"At most {longest:,} tokens" in message
+    assert "2 of 4 rows too long" in message and f"At most {longest:,} tokens" in message
     assert f"row 1 with {longest + 1:,}" in message and f"row 3 with {longest + 9:,}" in message
-    assert "gradient_checkpointing" not in message  # it is on already
-    with pytest.raises(DoesNotFitError, match="and 2 more.*gradient_checkpointing=True"):
-        check_lengths(
-            plan_memory(make_config(), "qlora", gradient_checkpointing=False), [10**9] * 7, 1.5
-        )
-
-
-class Block(nn.Module):
-    def __init__(self, lora_dropout=0.0):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
-        self.lora_dropout = nn.Dropout(lora_dropout)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x + self.lora_dropout(self.inner(x))
-
-
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-def test_recompute_equals_pytorch_to_the_bit(lora_dropout):
-    torch.manual_seed(0)
-    blocks = nn.ModuleList(Block(lora_dropout) for _ in range(4))
-    x = torch.randn(3, 16)
-    results = []
-    for again in (
-        recompute,
-        lambda block, h: checkpoint(block, h, use_reentrant=True),
-        lambda block, h: block(h),
-    ):
-        blocks.zero_grad()
-        torch.manual_seed(1)
-        h = start = x.clone().requires_grad_()
-        for block in blocks:
-            h = again(block, h)
-        h.square().sum().backward()
-        after = torch.rand(1)
-        results.append([h, start.grad, after, *(p.grad.clone() for p in blocks.parameters())])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    assert blocks[0].calls == 2 + 2 + 1
-
-
-def test_recompute_saves_memory():
-    blocks = [Block() for _ in range(8)]
-    x = torch.randn(4000, 16, requires_grad=True)
-
-    def run(step):
-        h = x
-        for block in blocks:
-            h = step(block, h)
-        h.sum().backward()
-
-    kept = trace_memory(lambda: run(lambda block, h: block(h))).peak
-    again = trace_memory(lambda: run(recompute)).peak
-    assert again < kept / 2
-
-
-def test_recompute_refuses_an_input_that_would_cut_the_gradients():
-    with pytest.raises(PlanError, match="requires_grad"):
-        recompute(Block(), torch.ones(2, 16))
-    with torch.no_grad():
-        assert recompute(Block(), torch.ones(2, 16)).shape == (2, 16)
+    assert "gradient_checkpointing=True" in message
 
 
 def test_every_optimizer_plans():

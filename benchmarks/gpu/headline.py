@@ -33,7 +33,7 @@ RATE = 1e-4  # the paper's for 33B and 65B
 
 def choose_plan(model: Any, card_bytes: int, **settings: Any) -> MemoryPlan | None:
     """The plan with paged 32-bit states if it fits on the card, or else with bfloat16 states."""
-    for optimizer in ("paged_adamw_32bit", "adamw"):
+    for optimizer in ("paged_adamw_32bit", "adamw_torch"):
         plan = plan_memory(model, "qlora", max_length=512, optim=optimizer, **settings)
         if plan.peak_bytes + RESERVE <= card_bytes:
             return plan
@@ -46,7 +46,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
     A gigabyte is 10^9 bytes here: real cards have more (a 48 GB card some 51.5·10^9), so the limit
     is the stricter one. Of it the allocator gets what the context and a reserve leave.
     """
-    from qlora_edu.production.random_weights import build_random
+    from benchmarks.gpu.build import build_random
 
     card_bytes = card * 10**9
     row = {"model": model_name, "card_bytes": card_bytes, "stack": stack, "weights": LABEL}
@@ -126,7 +126,7 @@ def headline(model_name: str, card: int, stack: str, small: bool, device: str) -
 
 def headline_optimizer(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
     """bitsandbytes' paged optimizer, or torch's with states in the dtype of the adapters."""
-    if name == "adamw":
+    if name == "adamw_torch":
         return torch.optim.AdamW(trained, lr=RATE)
     from bitsandbytes.optim import PagedAdamW32bit
 

@@ -59,14 +59,14 @@ def check_finite(losses: Sequence[float]) -> None:
 
 def steps(name: str, small: bool, device: str) -> Rows:
     """One way of training at two lengths, batch 1, checkpointing on; torch's default AdamW."""
-    from qlora_edu.production.random_weights import build_random
+    from benchmarks.gpu.build import build_random
 
     model_name, lengths = (TINY, (32, 64)) if small else ("llama-7b", (512, 2048))
     settings = {"device": device, **METHODS[name]}
     plans = [plan_memory(model_name, max_length=length, **settings) for length in lengths]
     free, total = free_and_total(device)
     room = min(free, total - RESERVE)
-    common = {"model": plans[0].name, "method": name, "weights": LABEL, "optimizer": "adamw"}
+    common = {"model": plans[0].name, "method": name, "weights": LABEL, "optimizer": "adamw_torch"}
     rows = []
     for plan in plans:
         row = {**common, "batch": plan.batch_size, "length": plan.max_length, "settings": settings}
@@ -82,7 +82,7 @@ def steps(name: str, small: bool, device: str) -> Rows:
     with quiet():
         model = build_random(model_name, plans[0].settings, device)
     built = round(time.perf_counter() - started, 1)
-    # What the planner calls "adamw": on CUDA the default, for all tensors at once, not fused.
+    # What the planner calls "adamw_torch": on CUDA the default, for all tensors at once, not fused.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     for plan, row in rows:
         ids, losses, times = ids_for(plan, device), [], []

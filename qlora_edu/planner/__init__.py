@@ -1,6 +1,6 @@
 """Which model a plan is for: by the name of a known shape, a folder, the Hub or a configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The question whether another name was meant, if one is near.
-
-    >>> nearest("lenght", ["max_length", "r"])
-    " (did you mean 'max_length'?)"
-    """
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether another name was meant, if one is near."""
     near = get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -69,20 +65,18 @@ def _read_configuration(name: str) -> Any:
     from transformers import AutoConfig
 
     local = Path(name).exists()
-    if local and not (Path(name) / "config.json").is_file():
-        raise PlanError(f"{name} has no config.json: it is not the folder of a model")
     if not local and name.count("/") != 1:  # on the Hub a name has an owner
         raise PlanError(
-            f"{name!r}{nearest(name.lower(), list(MODELS))} is neither a folder with a "
-            f"config.json, nor a model on the Hub (owner/name), nor one of {', '.join(MODELS)}"
+            f"{name!r}{nearest(name.lower(), MODELS)} is neither a folder with a config.json, "
+            f"nor a model on the Hub (owner/name), nor one of {', '.join(MODELS)}"
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if local:
-            raise PlanError(f"{name}/config.json describes no model: {error}") from error
+            raise PlanError(f"{name} has no config.json that describes a model: {error}") from error
         raise ModelUnavailableError(
             f"no folder {name}, and the Hub does not give its configuration "
-            f"({str(error).splitlines()[0]}). Check the name and the network, log in if the model "
-            f"asks for it, or plan for one of {', '.join(MODELS)}"
+            f"({str(error).splitlines()[0]}): check name and network, log in if the model asks for "
+            f"it, or plan for one of {', '.join(MODELS)}"
         ) from error

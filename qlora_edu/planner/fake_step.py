@@ -9,7 +9,7 @@ size of every tensor is `c₀ + c₁·tokens + c₂·tokens·length`.
 import copy
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,12 +20,7 @@ import torch
 from torch import Tensor, nn
 
 # PyTorch calls this module private; nothing else in the course uses one.
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from qlora_edu.adapters import add_houlsby, add_lora, find_linear_layers, replace_module
 from qlora_edu.blockwise import BLOCKSIZES
@@ -37,39 +32,33 @@ from qlora_edu.kernels import CHUNK_SIZE
 from qlora_edu.planner.trace import StepTrace, find_blocks, trace_run, weigh
 from qlora_edu.qlora import FusedQLoRALinear
 from qlora_edu.quantized import QuantizedTensor, quantize
+from qlora_edu.text.conversations import require_counts
 
 BLOCKS = 3
 LENGTHS = (128, 256, 512)
 METHODS = ("full", "lora", "qlora", "houlsby")
-BACKENDS = ("qlora_edu", "bitsandbytes")
+LORA_ALPHA = 16.0  # no byte depends on it
 _DTYPES = ("float32", "bfloat16", "float16")
-_FLAGS = ("double_quant", "gradient_checkpointing", "autocast", "padding")
 _CHOICES: dict[str, tuple] = {
     "method": METHODS,
-    "backend": BACKENDS,
+    "backend": ("qlora_edu", "bitsandbytes"),
     "device": ("cuda", "cpu"),
     "dtype": _DTYPES,
     "adapter_dtype": _DTYPES,
     "blocksize": BLOCKSIZES,
-    **dict.fromkeys(_FLAGS, (True, False)),
+    "double_quant": (True, False),
+    "gradient_checkpointing": (True, False),
+    "autocast": (True, False),
+    "padding": (True, False),
 }
-
-
-def check_whole(name: str, value: Any) -> None:
-    """Refuse what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What decides which tensors a training step makes; the planner's arguments.
+    """What decides which tensors a training step makes; `PlanError` names a wrong value.
 
     `dtype` is that of weights that are not quantised, and of the computation; `backend` says whose
     4-bit layers and adapters they are: ours, or bitsandbytes' and PEFT's.
-
-    Raises:
-        PlanError: naming a setting, its value, and what it should have been.
     """
 
     method: str = "qlora"
@@ -95,29 +84,29 @@ class StepSettings:
             # By type, too: 1 == True and 64.0 == 64.
             if type(value) is not type(allowed[0]) or value not in allowed:
                 raise PlanError(f"{name} must be one of {allowed}, not {value!r}")
-        check_whole("r", self.r)
-        check_whole("bottleneck", self.bottleneck)
-        dropout, targets = self.lora_dropout, self.target_modules
-        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise PlanError(f"lora_dropout must be in [0, 1), not {dropout!r}")
+        require_counts(PlanError, r=self.r, bottleneck=self.bottleneck)
+        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
+            raise PlanError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
+        targets = self.target_modules
         if not isinstance(targets, str):
             if not isinstance(targets, list | tuple) or {type(one) for one in targets} - {str}:
                 raise PlanError(f"target_modules must be names of layers, not {targets!r}")
-            object.__setattr__(self, "target_modules", tuple(targets))
+            object.__setattr__(self, "target_modules", tuple(targets))  # a key of the cache
 
 
 def build_model(config: Any, settings: StepSettings, fake: bool = False) -> nn.Module:
     """Build a causal language model with random weights, ready to train.
 
     `fake=True` is for use inside `without_memory`: 4-bit weights are made without quantising.
-
-    Raises:
-        PlanError: the configuration is of no causal language model, or no layer fits the method.
+    `PlanError` says that the model is no causal language model, or has no layer for the method.
     """
     config = copy.deepcopy(config)
     config.use_cache = False
     model = causal_model(config, settings.dtype)
-    return add_adapters(model, settings, quantize_layers(model, settings, fake=fake), fake=fake)
+    try:
+        return add_adapters(model, settings, quantize_layers(model, settings, fake), fake)
+    except LoRAError as error:
+        raise PlanError(f"method {settings.method!r} does not fit this model: {error}") from error
 
 
 def causal_model(config: Any, dtype: str) -> Any:
@@ -134,46 +123,31 @@ def causal_model(config: Any, dtype: str) -> Any:
         raise PlanError(f"no causal language model can be made of this: {error}") from error
 
 
-def quantize_layers(
-    model: nn.Module,
-    settings: StepSettings,
-    *,
-    make_weight: Callable[[str, nn.Linear], Tensor] | None = None,
-    lora_alpha: float = 16.0,
-    fake: bool = False,
-) -> list[str]:
+def quantize_layers(model: nn.Module, settings: StepSettings, fake: bool = False) -> list[str]:
     """For QLoRA, put 4-bit layers in the place of the linear ones, one after the other.
 
-    Ours are those with an adapter; bitsandbytes quantises every linear layer but the head.
-    `make_weight` makes a layer's weight from its name and itself. Returns the names of the layers
-    that get an adapter.
+    Ours are those with an adapter; bitsandbytes quantises every linear layer but the head. Returns
+    the names of the layers that get an adapter.
     """
     if settings.method != "qlora":
         return []
-    try:
-        adapted = find_linear_layers(model, settings.target_modules)
-        names = find_linear_layers(model) if settings.backend == "bitsandbytes" else adapted
-    except LoRAError as error:
-        raise PlanError(f"method 'qlora' does not fit this model: {error}") from error
-    layer_of = {"qlora_edu": _our_layer, "bitsandbytes": _their_layer}[settings.backend]
+    adapted = find_linear_layers(model, settings.target_modules)
+    names = find_linear_layers(model) if settings.backend == "bitsandbytes" else adapted
     for name in names:
-        linear: Any = model.get_submodule(name)
-        weight = (linear.weight if make_weight is None else make_weight(name, linear)).detach()
-        replace_module(model, name, layer_of(linear, weight, settings, lora_alpha, fake))
+        replace_module(model, name, quantized_layer(model.get_submodule(name), settings, fake))
     return adapted
 
 
-def _our_layer(
-    linear: nn.Linear, weight: Tensor, settings: StepSettings, lora_alpha: float, fake: bool
-) -> nn.Module:
-    quantise = pretend_to_quantize if fake else quantize
+def quantized_layer(linear: Any, settings: StepSettings, fake: bool = False) -> nn.Module:
+    """The 4-bit layer of a backend with this layer's weight and bias."""
+    if settings.backend == "bitsandbytes":
+        return _their_layer(linear, settings, fake)
+    weight, quantise = linear.weight.detach(), pretend_to_quantize if fake else quantize
     packed = quantise(weight, settings.quant_type, settings.blocksize, settings.double_quant)
-    return FusedQLoRALinear(packed, settings.r, lora_alpha, settings.lora_dropout, bias=linear.bias)
+    return FusedQLoRALinear(packed, settings.r, LORA_ALPHA, settings.lora_dropout, bias=linear.bias)
 
 
-def _their_layer(
-    linear: nn.Linear, weight: Tensor, settings: StepSettings, lora_alpha: float, fake: bool
-) -> nn.Module:
+def _their_layer(linear: nn.Linear, settings: StepSettings, fake: bool) -> nn.Module:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -182,7 +156,7 @@ def _their_layer(
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     with unset_fake_temporarily():
         layer = Linear4bit(*shape, getattr(torch, settings.dtype), **kept, device="meta")
-    packed, state = quantize_4bit(weight, blocksize=settings.blocksize, **kept)
+    packed, state = quantize_4bit(linear.weight.detach(), blocksize=settings.blocksize, **kept)
     if fake:  # a fake tensor cannot become a Params4bit; an attribute or two is all that counts
         parameter = nn.Parameter(packed, requires_grad=False)
         vars(parameter).update(kept, quant_storage=torch.uint8, quant_state=state)
@@ -211,33 +185,22 @@ def pretend_to_quantize(
 
 
 def add_adapters(
-    model: nn.Module,
-    settings: StepSettings,
-    adapted: Sequence[str],
-    *,
-    lora_alpha: float = 16.0,
-    fake: bool = False,
+    model: nn.Module, settings: StepSettings, adapted: Sequence[str], fake: bool = False
 ) -> nn.Module:
     """Freeze what the method freezes, add what it trains, in `adapter_dtype`; returns the model.
 
     `adapted` is what `quantize_layers` returned.
-
-    Raises:
-        PlanError: no layer fits the method.
     """
-    lora: Any = {"target_modules": settings.target_modules, "lora_dropout": settings.lora_dropout}
-    try:
-        if settings.method == "houlsby":
-            add_houlsby(model, settings.bottleneck)
-        elif settings.method == "lora":
-            add_lora(model, settings.r, lora_alpha, **lora)
-        elif settings.method == "qlora" and settings.backend == "bitsandbytes":
-            _add_their_adapters(model, settings, adapted, lora_alpha, fake)
-        elif settings.method == "qlora":  # they came with the layers
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-    except LoRAError as error:
-        raise PlanError(f"method {settings.method!r} does not fit this model: {error}") from error
+    if settings.method == "houlsby":
+        add_houlsby(model, settings.bottleneck)
+    elif settings.method == "lora":
+        lora: Any = {"target_modules": settings.target_modules}
+        add_lora(model, settings.r, LORA_ALPHA, lora_dropout=settings.lora_dropout, **lora)
+    elif settings.method == "qlora":
+        if settings.backend == "bitsandbytes":  # ours came with the layers
+            _add_their_adapters(model, settings, adapted, fake)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
     if settings.method != "full":
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -248,14 +211,17 @@ def add_adapters(
 
 
 def _add_their_adapters(
-    model: nn.Module, settings: StepSettings, adapted: Sequence[str], lora_alpha: float, fake: bool
+    model: nn.Module, settings: StepSettings, adapted: Sequence[str], fake: bool
 ) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    model.requires_grad_(False)
     model.is_loaded_in_4bit = True
-    sizes: dict[str, Any] = {"r": settings.r, "lora_alpha": lora_alpha}
-    config = LoraConfig(**sizes, lora_dropout=settings.lora_dropout, target_modules=list(adapted))
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(adapted),
+    )
     with quiet():
         if not fake:
             inject_adapter_in_model(config, model)
@@ -296,22 +262,11 @@ def without_memory(settings: StepSettings) -> Iterator[None]:
             CHUNK_SIZE.reset(token)
 
 
-def shortened(config: Any, blocks: int = BLOCKS) -> Any:
-    """The same configuration with fewer blocks, if it has more."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    if text.num_hidden_layers > blocks:
-        text.num_hidden_layers = blocks
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:blocks]
-    return config
-
-
 def trace_step(config: Any, settings: StepSettings, batch: int = 2, length: int = 512) -> StepTrace:
     """Trace a step of this model; takes a second at the first call, and nothing afterwards.
 
     Raises:
-        PlanError: see `build_model`; or if a step needs the numbers themselves, which do not exist
+        PlanError: see `build_model`; or a step needs the numbers themselves, which do not exist
             here, or takes other operations at another length.
     """
     # Lengths beyond a sliding window are a case of their own: they bring a mask. So is a batch of
@@ -329,25 +284,26 @@ def _trace_cached(
     shape: str, kind: type, attention: str | None, settings: StepSettings, batch: int, beyond: int
 ) -> StepTrace:
     config = kind.from_dict(json.loads(shape), attn_implementation=attention)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    text.num_hidden_layers = min(depth, BLOCKS)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:BLOCKS]
     lengths = [beyond + length for length in LENGTHS]
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # what is released must be released at the same moment in every run
     try:
         with without_memory(settings):
-            model = build_model(shortened(config), settings, fake=True)
+            model = build_model(config, settings, fake=True)
             rows = [torch.zeros(batch, n, dtype=torch.long) for n in (lengths[0], *lengths)]
-            # The first run fills caches, and is left out.
-            runs = [trace_run(model, x, lambda m, x: training_loss(m, x, settings)) for x in rows][
-                1:
-            ]
+            runs = [trace_run(model, x, lambda m, x: training_loss(m, x, settings)) for x in rows]
+            runs = runs[1:]  # the first run fills caches
             parts = find_blocks(model)
             whole, in_block = weigh(model), weigh(model, parts[-1], but=parts[0])
-    except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
-        raise PlanError(
-            f"a step of {kind.__name__} cannot be traced without numbers, in these dtypes at "
-            f"least: {type(error).__name__}: {error}"
-        ) from error
+    except RuntimeError as error:
+        what = f"a step of {kind.__name__} cannot be traced without numbers, in these dtypes"
+        raise PlanError(f"{what}: {type(error).__name__}: {error}") from error
     finally:
         if collecting:
             gc.enable()
@@ -355,7 +311,7 @@ def _trace_cached(
         raise PlanError(f"{kind.__name__}: the steps of this model depend on the length")
     basis = np.array([[1, batch * length, batch * length**2] for length in lengths])
     return StepTrace(
-        depth=config.get_text_config().num_hidden_layers,
+        depth=depth,
         blocks=len(parts),
         outside={row: n - len(parts) * in_block.get(row, 0) for row, n in whole.items()},
         in_block=in_block,

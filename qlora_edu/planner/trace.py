@@ -7,7 +7,7 @@ it saw by kind, `weigh` adds up what a model keeps, a `StepTrace` holds both for
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ ROWS = (*WEIGHTS, "optimizer states", "gradients", *KINDS[:-1])
 class Trace(NamedTuple):
     """Live bytes on the CPU above those at the start, after each allocation and release."""
 
-    seconds: np.ndarray
     live: np.ndarray
 
     @property
@@ -50,32 +49,31 @@ def trace_memory(step: Callable[[], Any]) -> Trace:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    with _mute(2), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    cpu = [ProfilerActivity.CPU]
+    with _silent_stderr(), profile(activities=cpu, profile_memory=True) as record:
         step()
     events = record.profiler.kineto_results.events()
     found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    when, changes = np.array(found, dtype=np.int64).reshape(-1, 2).T
-    return Trace((when - when[:1].sum()) / 1e9, np.cumsum(changes))
+    return Trace(np.cumsum([nbytes for _, nbytes in found], dtype=np.int64))
 
 
 @contextmanager
-def _mute(descriptor: int) -> Iterator[None]:
-    """Hold back what compiled code writes there: the profiler announces itself at each start."""
-    kept = os.dup(descriptor)
+def _silent_stderr() -> Iterator[None]:
+    """The profiler is compiled code, and announces itself there at each start."""
+    kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), descriptor)
+        os.dup2(nowhere.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, descriptor)
+            os.dup2(kept, 2)
             os.close(kept)
 
 
 class Allocations(TorchDispatchMode):
     """Record each change of live bytes while operations run, on real tensors or on fake ones.
 
-    `events` holds `(number, change)` in bytes: positive when a storage is first seen and gets its
-    number, negative when its last tensor is released.
+    `events` holds `(number of a storage, change)`: negative when its last tensor is released.
 
     >>> x = torch.ones(1000)
     >>> with Allocations() as allocations:
@@ -99,12 +97,10 @@ class Allocations(TorchDispatchMode):
         """The changes alone, in bytes, in order."""
         return [change for _, change in self.events]
 
-    def ignore(self, tensors: Any) -> None:
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave out the storages of these tensors: they were there before."""
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                # The tensor is held, too: a released storage's address would be given out again.
-                self._ignored[_address(tensor)] = tensor
+        # The tensors are held, too: a released storage's address would be given out again.
+        self._ignored |= {_address(tensor): tensor for tensor in tensors}
 
     def mark(self, name: str) -> None:
         """Record how many events came before this moment, the first time that it comes."""
@@ -117,19 +113,20 @@ class Allocations(TorchDispatchMode):
     @contextmanager
     def unpacking(self) -> Iterator[None]:
         """What is allocated inside belongs to the dequantised weights."""
-        self._unpacking, before = True, self._unpacking
+        self._unpacking = True
         try:
             yield
         finally:
-            self._unpacking = before
+            self._unpacking = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        unpacked = self._unpacking or "dequantize_4bit" in str(func)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage(), "dequantize_4bit" in str(func))
+                self._note(tensor.untyped_storage(), unpacked)
         return out
 
     def _note(self, storage: torch.UntypedStorage, unpacked: bool) -> None:
@@ -138,7 +135,7 @@ class Allocations(TorchDispatchMode):
             return
         if key not in self._live:
             self._live[key] = (self._born, 0)
-            if unpacked or self._unpacking:
+            if unpacked:
                 self.dequantised.add(self._born)
             self._born += 1
             weakref.finalize(storage, self._free, key).atexit = False
@@ -176,10 +173,7 @@ def weigh(
 ) -> dict[str, int]:
     """Add up the bytes of a model's tensors by the rows of the ledger; shared storage counts once.
 
-    Args:
-        model: says what is a head, and what is trained.
-        module: a part of it to count instead of the whole.
-        but: a part whose tensors do not count.
+    `module` is a part to count instead of the whole; the tensors of the part `but` do not count.
 
     >>> weigh(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))  # (16 + 4) · 4 bytes, 8 · 4 bytes
     {'linear weights': 80, 'norms and the rest': 32}
@@ -187,22 +181,22 @@ def weigh(
     rows: dict[str, int] = {}
     seen = {_address(tensor) for tensor in (kept_tensors(but) if but is not None else [])}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    everything = all(p.requires_grad for p in model.parameters())
+    all_trained = all(p.requires_grad for p in model.parameters())
     for part in (model if module is None else module).modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in own:
-            if tensor.requires_grad and not everything:
+            if tensor.requires_grad and not all_trained:
                 row = "adapters"
             elif part is head or isinstance(part, nn.Embedding):
                 row = "embeddings and head"
             elif isinstance(part, QLoRALinear) and name != "bias":
                 row = "quantised weights" if name == "packed" else "quantisation constants"
-            elif getattr(tensor, "quant_state", None) is not None:
+            elif hasattr(tensor, "quant_state"):
                 row = "quantised weights"
-            else:  # experts are one parameter with three dimensions, and no nn.Linear
-                matrix = isinstance(tensor, nn.Parameter) and tensor.dim() > 1
-                linear = matrix or isinstance(part, nn.Linear)
-                row = "linear weights" if linear else "norms and the rest"
+            elif isinstance(part, nn.Linear) or (tensor.dim() > 1 and name in part._parameters):
+                row = "linear weights"  # experts are one parameter, and no nn.Linear
+            else:
+                row = "norms and the rest"
             constants = [(constant, "quantisation constants") for constant in _constants(tensor)]
             for kept, kind in [(tensor, row), *constants]:
                 if _address(kept) not in seen:
@@ -320,9 +314,8 @@ class StepTrace:
         """Live bytes above the weights after each event of a step, `[events, kinds]`."""
         changes = np.array([1, batch * length, batch * length**2]) @ self.changes
         live = np.cumsum(np.eye(len(KINDS))[self.kinds] * changes[:, None], axis=0)
-        missing = self.depth - self.blocks
-        if missing > 0:
-            live += missing * self._per_block(live)
+        if self.depth > self.blocks:
+            live += (self.depth - self.blocks) * self._per_block(live)
         return live
 
     def _per_block(self, live: np.ndarray) -> np.ndarray:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_edu.errors import QloraError, RunExistsError
 from qlora_edu.files import ROOT, atomic
 from qlora_edu.planner import MODELS, configuration
-from qlora_edu.planner.fake_step import StepSettings, add_adapters, causal_model, quantize_layers
+from qlora_edu.planner.fake_step import causal_model
 
 
 def random_tensor(
@@ -47,23 +47,15 @@ def write_random(
 ) -> Path:
     """Write a model of random weights as a Hugging Face folder, never holding more than one shard.
 
-    The tokenizer is that of the embedded base: any text becomes ids that the model has. The folder
-    is written whole or not at all; `config.json` says `"random_init": true`.
-
-    Args:
-        model: as for `plan_memory`: a name such as "llama-7b", or a configuration.
-        shard_bytes: the most that a file holds.
-
-    Raises:
-        RunExistsError: the folder is there already.
-        PlanError: the model is not known.
+    `model` is as for `plan_memory`; the tokenizer is that of the embedded base, and `config.json`
+    says `"random_init": true`. A folder that is there already is a `RunExistsError`.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     if folder.exists():
         raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
-    skeleton = _skeleton(model, dtype)
+    skeleton = skeleton_of(model, dtype)
     kept = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
@@ -87,34 +79,7 @@ def write_random(
     return folder
 
 
-def build_random(
-    model: Any, settings: StepSettings, device: str = "cpu", lora_alpha: float = 16.0
-) -> nn.Module:
-    """Build a model of random weights on `device`, ready for a training step.
-
-    With `method="qlora"` each linear layer is made, quantised and forgotten before the next: the
-    most that is ever there is the finished part and one layer in 16 bits. Model and errors: as in
-    `plan_memory`; `settings.backend` says whose 4-bit layers and adapters they are.
-    """
-    built = _skeleton(model, settings.dtype)
-    built.config.use_cache = False
-    dtype = getattr(torch, settings.dtype)
-
-    def make_weight(name: str, linear: nn.Linear) -> Tensor:
-        return random_tensor(f"{name}.weight", linear.weight.shape, dtype, device)
-
-    adapted = quantize_layers(built, settings, make_weight=make_weight, lora_alpha=lora_alpha)
-    for name, parameter in list(built.named_parameters()):
-        if parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            value = random_tensor(name, parameter.shape, parameter.dtype, device)
-            setattr(built.get_submodule(owner), leaf, nn.Parameter(value))
-    built.tie_weights()
-    built.to(device)  # the buffers: the table of rotary angles
-    return add_adapters(built, settings, adapted, lora_alpha=lora_alpha)
-
-
-def _skeleton(model: Any, dtype: str) -> Any:
+def skeleton_of(model: Any, dtype: str) -> Any:
     """The model without its weights: they are on the device `meta`, buffers are real."""
     from accelerate import init_empty_weights
 
@@ -134,8 +99,7 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a real architecture with random weights, to measure time and memory."""
-    name = "python -m qlora_edu.production.random_weights"
-    parser = argparse.ArgumentParser(prog=name, description=main.__doc__)
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
     parser.add_argument("folder", help="to be made; 2 bytes per parameter")
     arguments = parser.parse_args(argv)

@@ -95,7 +95,7 @@ def test_every_way_steps_at_two_lengths_beside_its_plan(dry_run):
     ]
     for row in rows:
         assert row["plan_bytes"] > 0 and row["fits"] and "RANDOM WEIGHTS" in row["weights"]
-        assert len(row["losses"]) == 7 and row["optimizer"] == "adamw"
+        assert len(row["losses"]) == 7 and row["optimizer"] == "adamw_torch"
         speed = row["batch"] * row["length"] / row["seconds_a_step"]
         assert row["tokens_per_second"] == pytest.approx(speed, rel=1e-3)
         assert row["peak_allocated_bytes"] is None, "no card was measured"
@@ -137,7 +137,7 @@ def test_the_study_runs_each_way_on_the_device(dry_run):
     ("model", "card", "optimizer"),
     [
         ("llama-65b", 48, "paged_adamw_32bit"),
-        ("llama-33b", 24, "adamw"),
+        ("llama-33b", 24, "adamw_torch"),
         ("llama-7b", 8, "paged_adamw_32bit"),
     ],
 )

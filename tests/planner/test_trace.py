@@ -1,6 +1,5 @@
 """What is allocated, traced two ways, and what a model keeps."""
 
-import numpy as np
 import pytest
 import torch
 from steps import make_config
@@ -20,7 +19,6 @@ from qlora_edu.planner.trace import (
 def test_trace_memory_begins_at_nothing_and_counts_releases():
     trace = trace_memory(lambda: torch.ones(1000).exp().sum())
     assert trace.peak >= 8000 and trace.live[-1] < 100
-    assert len(trace.seconds) == len(trace.live) and (np.diff(trace.seconds) >= 0).all()
     assert trace_memory(lambda: None).peak == 0
 
 
@@ -36,7 +34,7 @@ def test_trace_memory_is_silent_and_an_error_comes_through(capfd):
 def test_allocations_count_views_sharing_and_growth():
     x = torch.ones(100)
     allocations = Allocations()
-    allocations.ignore(x)
+    allocations.ignore([x])
     with allocations:
         y = x.view(10, 10).T  # no new storage
         z = y + 1

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from tiny import make_rows, write_jsonl
 
+from benchmarks.gpu.build import build_random
 from qlora_edu import finetune as run_finetune
 from qlora_edu.errors import PlanError, RunExistsError
 from qlora_edu.memory import plan_memory
@@ -15,7 +16,7 @@ from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.planner.trace import weigh
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base
-from qlora_edu.production.random_weights import build_random, main, random_tensor, write_random
+from qlora_edu.production.random_weights import main, random_tensor, write_random
 
 SMALL = {
     "model_type": "llama",
@@ -131,10 +132,10 @@ def test_a_repeated_batch_is_learned(method, backend):
 
 
 def test_only_one_layer_at_a_time_stands_in_16_bits(monkeypatch):
-    from qlora_edu.production import random_weights
+    from benchmarks.gpu import build
 
     alive = weakref.WeakSet()
-    real = random_weights.random_tensor
+    real = build.random_tensor
 
     def watched(name, *args):
         assert sum("proj" in getattr(tensor, "of", "") for tensor in alive) == 0
@@ -143,7 +144,7 @@ def test_only_one_layer_at_a_time_stands_in_16_bits(monkeypatch):
         alive.add(tensor)
         return tensor
 
-    monkeypatch.setattr(random_weights, "random_tensor", watched)
+    monkeypatch.setattr(build, "random_tensor", watched)
     assert len(build_random(SMALL, StepSettings(**CPU)).model.layers) == 3
 
 
