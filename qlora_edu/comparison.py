@@ -58,10 +58,9 @@ def equivalence(
 ) -> Equivalence:
     """Are two methods equal up to `margin`? Two one-sided t tests on runs paired by seed.
 
-    A test that finds *no difference* proves nothing: with few seeds hardly any test finds one. So
-    "they differ by the margin or more" has to be refuted on both sides, each at `level`. The margin
-    is in the unit of the values, and chosen before the runs are looked at. Source: Schuirmann, "A
-    comparison of the two one-sided tests procedure" (1987).
+    "They differ by the margin or more" has to be refuted on both sides, each at `level`: to find
+    *no difference* proves nothing, with few seeds. Choose the margin, in the unit of the values,
+    before you look at the runs. Source: Schuirmann (1987).
 
     >>> full, qlora = [0.95, 0.97, 0.96, 0.97], [0.94, 0.97, 0.97, 0.96]
     >>> equivalence(qlora, full, margin=0.03).verdict

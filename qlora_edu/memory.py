@@ -267,13 +267,9 @@ def _state_bytes(n: int, nbytes: int, optim: str) -> int:
 
 
 def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> int:
-    """Refuse rows that would end a training run late; returns the longest length that fits.
+    """Refuse, by `DoesNotFitError`, rows whose `lengths` in tokens would end a run after hours.
 
-    Args:
-        lengths: token counts of the rows. One too long may come after hours; here it comes first.
-
-    Raises:
-        DoesNotFitError: naming the rows, their lengths, and what to do.
+    Returns the longest length that fits.
 
     >>> plan = plan_memory("llama-7b", "qlora", batch_size=4)
     >>> check_lengths(plan, [512, 600, 200000], card_gib=24)

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def write_random(
     `model` is as for `plan_memory`; the tokenizer is that of the embedded base, and `config.json`
     says `"random_init": true`. A folder that is there already is a `RunExistsError`.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -59,17 +60,14 @@ def write_random(
     kept = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:
         kept.pop("lm_head.weight", None)
-    index: dict[str, str] = {}
+    shards = split_torch_state_dict_into_shards(kept, max_shard_size=shard_bytes)
     with atomic.folder(folder) as part:
-        shards = list(_shards(kept, shard_bytes))
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for file, names in shards.filename_to_tensors.items():
             tensors = {n: random_tensor(n, kept[n].shape, kept[n].dtype) for n in names}
             save_file(tensors, part / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(names, file)
-        size = {"total_size": sum(tensor.nbytes for tensor in kept.values())}
-        text = json.dumps({"metadata": size, "weight_map": index}, indent=1)
-        (part / "model.safetensors.index.json").write_text(text + "\n")
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         skeleton.config.random_init = True
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(part)
@@ -85,16 +83,6 @@ def skeleton_of(model: Any, dtype: str) -> Any:
 
     with init_empty_weights(include_buffers=False):
         return causal_model(configuration(model)[1], dtype)
-
-
-def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    for name, tensor in tensors.items():
-        if names and sum(tensors[n].nbytes for n in names) + tensor.nbytes > limit:
-            yield names
-            names = []
-        names.append(name)
-    yield names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
