@@ -25,9 +25,7 @@ GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int = 0) -> Batch:
-    """Pad encoded rows on the right into int64 `[rows, longest]` tensors.
-
-    Which token pads is of no consequence: its attention mask is 0 and its label is -100.
+    """Pad encoded rows on the right into int64 `[rows, longest]` tensors; padding is masked out.
 
     >>> collate([{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [7]}])
     {'input_ids': tensor([[5, 6],
@@ -68,9 +66,9 @@ def row_order(
 ) -> list[int]:
     """Which row is read when: `wanted` indices into `rows`, shuffled anew for every pass.
 
-    It is settled before the first step: a run that goes on later, or in several processes, reads
-    the same rows. With `lengths` rows of like length come together, which saves padding: stretches
-    of `50 * group` rows are sorted, the longest first; `group` is the rows per step.
+    It is settled before the first step, so a run that is resumed reads the same rows. With
+    `lengths` rows of like length come together, which saves padding: stretches of `50 * group` rows
+    are sorted, the longest first; `group` is the rows per step.
 
     >>> row_order(3, 7, seed=0)
     [2, 0, 1, 2, 1, 0, 1]
@@ -151,11 +149,8 @@ def train(
     """Take one AdamW step per `gradient_accumulation_steps` batches; return the loss before each.
 
     Only parameters that require a gradient are trained; `lr` is the highest learning rate, and
-    `schedule` goes to `learning_rate_at`.
-
-    Raises:
-        TrainingError: nothing is trainable, a step has no answer token, the loss stops being
-            finite, or a setting means nothing.
+    `schedule` goes to `learning_rate_at`. `TrainingError` if nothing is trainable, a step has no
+    answer token, or the loss is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     check_training(trained, gradient_accumulation_steps, max_grad_norm)
