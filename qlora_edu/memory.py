@@ -24,8 +24,9 @@ GIB = 2**30
 RESERVE = GIB
 """Bytes of a card that no tensor gets: CUDA's context, its libraries, gaps between allocations."""
 
-OPTIMIZERS = ("adamw_torch", "adamw_32bit", "adamw_8bit")
-OPTIMIZERS += ("paged_adamw_32bit", "paged_adamw_8bit", "sgd")
+OPTIMIZERS = tuple(
+    "adamw_torch adamw_32bit adamw_8bit paged_adamw_32bit paged_adamw_8bit sgd".split()
+)
 ALWAYS_32_BIT = 4096
 """bitsandbytes keeps the states of smaller tensors in float32."""
 
