@@ -501,7 +501,10 @@ def test_tensors_that_are_missing_or_left_out_are_said(config, tmp_path, change,
             load_base(settings)
     else:
         load_base(settings)
-        assert "has no layer for 1 tensors (model.layers.2.mlp.up_proj" in capsys.readouterr().out
+        assert (
+            "left out: there is no layer for 1 tensors (model.layers.2.mlp.up_proj"
+            in capsys.readouterr().out
+        )
 
 
 def test_pickled_weights_are_never_loaded(config, tmp_path):

@@ -88,7 +88,7 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         )
     if left_out := sorted(found["unexpected_keys"]):
         count = len(left_out)
-        print(f"warning: {config.model!r} has no layer for {count} tensors ({left_out[0]}, …)")
+        print(f"warning: left out: there is no layer for {count} tensors ({left_out[0]}, …)")
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -117,8 +117,8 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     model, tokenizer = load_base(config)
     if fingerprint(locate(config.model)) != metadata["base_sha256"]:
         raise CheckpointError(
-            f"the adapter in {folder} was trained on {metadata['base_model']!r}, not on "
-            f"{config.model!r}. It would load, and answer badly; pass base= with the right one"
+            f"the adapter in {folder} was trained on other weights than those of {config.model!r}. "
+            f"It would load, and answer badly; pass base= with {metadata['base_model']!r} as it was"
         )
     return attach_adapter(model, folder), tokenizer
 
