@@ -43,19 +43,13 @@ from qlora_edu.training import exact_match, generate_answers, held_out_loss, row
 def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False) -> Run:
     """Fine-tune, measure before and after, and write a run folder.
 
-    The folder holds the adapter (or the whole model, for `method="full"`), the tokenizer,
-    `config.yaml`, `metrics.jsonl` and a manifest of their sums. Until it is there, checkpoints are
-    kept in `<folder>.checkpoints`; with `resume=True` the run goes on from the newest that is
-    whole, to the same bits on a CPU.
-
-    Raises:
-        QloraError: in the kind that fits, such as `RunExistsError` or `DoesNotFitError`.
+    The folder holds the adapter (or the whole model), the tokenizer, `config.yaml`,
+    `metrics.jsonl` and a manifest. Until it is there, checkpoints are in `<folder>.checkpoints`;
+    with `resume=True` the run goes on from the newest that is whole, to the same bits on a CPU.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            "several processes were started, and this course fine-tunes in one, on one GPU: start "
-            "`python -m qlora_edu finetune` by itself, without accelerate or torchrun"
-        )
+        advice = "start `python -m qlora_edu finetune` by itself, without accelerate or torchrun"
+        raise ConfigError(f"this course fine-tunes in one process, on one GPU: {advice}")
     folder = choose_output_dir(config, resume)
     if resume:
         remove_parts(folder)
@@ -223,9 +217,7 @@ def make_trainer(
 
 
 def plan_run(config: FinetuneConfig, model: Any = None) -> MemoryPlan:
-    """The memory of one step of a run, planned (chapter 6) before anything is loaded.
-
-    `model` is as for `plan_memory`, by default `config.model`.
+    """The memory of one step of a run, planned (chapter 6); `model` as for `plan_memory`.
 
     >>> plan = plan_run(FinetuneConfig.from_preset("guanaco-7b"), "llama-7b")
     >>> plan.sentence(16)

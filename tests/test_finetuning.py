@@ -144,11 +144,11 @@ def test_settings_come_from_yaml(tmp_path):
     )
     for text, says in {
         "presett: embedded": "no setting 'presett'; did you mean 'preset'",
-        "r: 3": "lacks held_out_data, model, name, train_data",
+        "r: 3": "missing 4 required .* beside a `preset: name`",
         "preset: embeded": "no preset 'embeded'",
         "preset: embedded\nsteps: 3": "no setting 'steps'",
-        "- a": "must hold settings",
-        "a: [": "cannot read .*config.yaml .*write the settings as YAML",
+        "- a": "cannot read .*config.yaml",
+        "a: [": "cannot read .*config.yaml .*write a `name: value` per line",
         "[" * 2000: "cannot read .*config.yaml",
     }.items():
         path.write_text(text)
@@ -386,7 +386,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_the_first_step(config, monk
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(callback, "completion_loss", out_of_memory)
-    with pytest.raises(DoesNotFitError, match="Lower batch_size"):
+    with pytest.raises(DoesNotFitError, match="at step 0 .*lower batch_size"):
         run_finetune(config, progress=False)
     lengths = [len(row["input_ids"]) for row in encode_all(config)]
     assert tried == [(config.batch_size, max(lengths))]
@@ -501,7 +501,10 @@ def test_tensors_that_are_missing_or_left_out_are_said(config, tmp_path, change,
             load_base(settings)
     else:
         load_base(settings)
-        assert "has no layer for 1 tensors (model.layers.2.mlp.up_proj" in capsys.readouterr().out
+        assert (
+            "left out: there is no layer for 1 tensors (model.layers.2.mlp.up_proj"
+            in capsys.readouterr().out
+        )
 
 
 def test_pickled_weights_are_never_loaded(config, tmp_path):

@@ -6,7 +6,6 @@ are settled, and nothing of it has happened. A resumed run begins at that very p
 
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qlora_edu.errors import CheckpointError, DoesNotFitError, TrainingError, reading
+from qlora_edu.errors import CheckpointError, TrainingError, reading
 from qlora_edu.production.checkpoints import (
     load_optimizer_state,
     optimizer_state,
@@ -28,6 +27,8 @@ from qlora_edu.production.checkpoints import (
 )
 from qlora_edu.production.run_folder import Run, Scores, check_finite, checkpoints_of, save_weights
 from qlora_edu.training import Batch, collate, completion_loss, generate_answers
+
+ADVICE = "resume with the libraries that the run began with"
 
 
 class FinetuneCallback(TrainerCallback):
@@ -51,8 +52,9 @@ class FinetuneCallback(TrainerCallback):
         check_gradients(model, collate(longest[: config.batch_size]))
         del states
         if self.resume_from is not None:
-            tensors = load_file(self.resume_from / "optimizer.safetensors")
-            load_optimizer_state(others["optimizer"], tensors, self.kept["optimizer"])
+            path = self.resume_from / "optimizer.safetensors"
+            with reading(path, CheckpointError, ADVICE):
+                load_optimizer_state(others["optimizer"], load_file(path), self.kept["optimizer"])
             others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
         self.bar = tqdm(
             total=config.max_steps,
@@ -69,7 +71,7 @@ class FinetuneCallback(TrainerCallback):
         """Put the random state back, after resuming; or write a checkpoint, when one is due."""
         if self.resume_from is not None:
             path = self.resume_from / "random_state.safetensors"
-            with reading(path, CheckpointError, "resume with the PyTorch that it began with"):
+            with reading(path, CheckpointError, ADVICE):
                 set_random_state(load_file(path))
             self.resume_from = None
         elif is_due(state.global_step, self.run.config.save_steps):
@@ -133,32 +135,17 @@ def is_due(step: int, every: int) -> bool:
 
 
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
-    """Go forward and back once, and make sure that gradients reach every part of the first layer.
+    """Go forward and back once, and refuse a trained parameter that gradients do not reach.
 
     Gradients and random state are left as they were.
-
-    Raises:
-        TrainingError: naming the parameter which gradients do not reach.
-        DoesNotFitError: if the batch does not fit in memory; so let it be the longest one.
     """
     model.train()
-    try:
-        with torch.random.fork_rng():
-            loss = completion_loss(model, batch)
-            if loss.requires_grad:
-                loss.backward()
-    except torch.OutOfMemoryError as error:
-        rows, length = batch["input_ids"].shape
-        raise DoesNotFitError(
-            f"before step 1: {rows} rows of {length} tokens, the longest batch that may come, do "
-            "not fit in memory. Lower batch_size or max_length, or set gradient_checkpointing=true"
-        ) from error
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    layers = [match[0] for name in gradients if (match := re.match(r".*?\.\d+\.", name))]
-    first = layers[0] if layers else ""
-    for name, gradient in gradients.items():
-        if not name.startswith(first):
-            continue
+    with torch.random.fork_rng():
+        loss = completion_loss(model, batch)
+        if loss.requires_grad:
+            loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in trained.items():
         # B starts at zero, so at the first step the gradient of A is zero.
         may_be_zero = "lora_A" in name
         if gradient is None or not (may_be_zero or gradient.any()) or not gradient.isfinite().all():

@@ -1,9 +1,7 @@
 """Support for chapter 9: checkpoints that are whole or absent, and that know their base model.
 
-A checkpoint is written aside, flushed and named in one move. Its *manifest* lists the SHA-256 sum
-of every file and the fingerprint of the base; what does not agree with it is never loaded. Weights,
-optimizer states, step and random states make a resumed run equal, to the bit, to one that was never
-interrupted. Tensors are in safetensors, all else is JSON; nothing is pickled.
+Its *manifest* lists the SHA-256 sum of every file and the fingerprint of the base. A run that is
+resumed is equal, to the bit, to one that was never interrupted. Nothing is pickled.
 """
 
 import hashlib
@@ -24,6 +22,7 @@ from qlora_edu.errors import CheckpointError, DamagedFileError, QloraError, read
 from qlora_edu.files import atomic
 from qlora_edu.production.config import FinetuneConfig
 
+Rows = Iterable[dict[str, list[int]]]  # encoded
 MANIFEST = "manifest.json"
 STACK = ("torch", "bitsandbytes", "transformers", "peft", "trl", "accelerate", "datasets")
 # Settings that a resumed run may change: they decide nothing, or the sums of what they name do.
@@ -44,10 +43,7 @@ def base_folder(source: str | Path) -> Path:
 
 
 def fingerprint(source: str | Path) -> str:
-    """SHA-256 over a base model's weights: names, dtypes, shapes and bytes, in order of name.
-
-    Into how many files they are split makes no difference. Some 1 GB per second on one core.
-    """
+    """SHA-256 over a base model's weights, however many files they are split into."""
     from safetensors import safe_open
 
     place: dict[str, Path] = {}
@@ -65,12 +61,7 @@ def fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
-def run_metadata(
-    config: FinetuneConfig,
-    source: str,
-    rows: Iterable[dict[str, list[int]]],
-    held_out: Iterable[dict[str, list[int]]],
-) -> dict[str, Any]:
+def run_metadata(config: FinetuneConfig, source: str, rows: Rows, held_out: Rows) -> dict[str, Any]:
     """What a checkpoint or an adapter belongs to: settings, base, rows and versions."""
     versions = {name: version(name) for name in STACK}
     versions["python"] = platform.python_version()
@@ -90,16 +81,12 @@ def run_metadata(
 def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume from what belongs to another run; say it if only versions differ."""
     was, wanted = _identity(saved), _identity(now)
-    changes = [
-        f"{name} was {was.get(name)!r:.20} and is {wanted.get(name)!r:.20}"
-        for name in sorted(was.keys() | wanted.keys())
-        if was.get(name) != wanted.get(name)
-    ]
-    if changes:
-        raise CheckpointError(
-            f"{checkpoint} is of another run: {', '.join(changes)}. Bring back the settings and "
-            "the content of base and rows as they were, or start a new run"
-        )
+    for name in sorted(was.keys() | wanted.keys()):
+        if was.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{checkpoint} is of another run: {name} was {was.get(name)!r:.20} and is "
+                f"{wanted.get(name)!r:.20}. Bring that back, or start a new run"
+            )
     for name, then in saved["versions"].items():
         if then != (is_now := now["versions"].get(name)):
             print(f"warning: {name} was {then} and is {is_now}; other bits may come of it")
@@ -120,11 +107,7 @@ def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
-    """Check every file that the manifest of `folder` lists; return the metadata in it.
-
-    Raises:
-        DamagedFileError: naming the file that is missing or changed.
-    """
+    """Check every file that the manifest of `folder` lists; return the metadata in it."""
     folder = Path(folder)
     advice = "it was not written to its end, or was changed; use an earlier or another copy"
     with reading(folder / MANIFEST, DamagedFileError, advice):
@@ -142,11 +125,7 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `target` in one move, when all in it is written and flushed.
-
-    Raises:
-        CheckpointError: if the disk is full or refuses; what was there before is as it was.
-    """
+    """A hidden folder that becomes `target` in one move, when all in it is written and flushed."""
     from safetensors import SafetensorError
 
     try:
@@ -162,11 +141,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    write: Callable[[Path], None],
-    metadata: Mapping[str, Any],
-    keep: int = 2,
+    folder: Path, step: int, write: Callable[[Path], None], metadata: dict[str, Any], keep: int = 2
 ) -> None:
     """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them."""
     target = folder / f"checkpoint-{step:06d}"
@@ -186,11 +161,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its metadata; the damaged ones are named.
-
-    Raises:
-        DamagedFileError: if there are checkpoints, and none of them is whole.
-    """
+    """The newest checkpoint that is whole, with its metadata; the damaged ones are named."""
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -221,38 +192,27 @@ def load_optimizer_state(
 ) -> None:
     """Put back what `optimizer_state` gave, into an optimizer of the same parameters."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in rest["param_groups"]
-    ]
-    if [len(g["params"]) for g in inner.param_groups] != [len(g["params"]) for g in groups]:
-        raise CheckpointError(
-            "the checkpoint is of an optimizer of other parameters; resume with the libraries that "
-            "the run began with"
-        )
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["numbers"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     if not hasattr(inner, "init_state"):
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
         return
     # The load_state_dict of bitsandbytes makes plain tensors of paged states (its issues 782 and
     # 1381). So the states are made as at a first step, paged ones in managed memory, and filled.
     inner.check_overrides()
     inner.to_gpu()
     inner.initialized = True
-    for g, (group, saved) in enumerate(zip(inner.param_groups, groups, strict=True)):
-        indices = saved.pop("params")
-        group.update(saved)
-        for p, (index, parameter) in enumerate(zip(indices, group["params"], strict=True)):
+    for g, (group, saved) in enumerate(zip(inner.param_groups, rest["param_groups"], strict=True)):
+        parameters = group["params"]
+        group.update(saved, params=parameters)
+        for p, (index, parameter) in enumerate(zip(saved["params"], parameters, strict=True)):
             if index in state:
                 inner.init_state(group, parameter, g, p)
                 own = inner.state[parameter]
                 for name, value in state[index].items():
-                    if isinstance(value, Tensor) and isinstance(own.get(name), Tensor):
-                        own[name].copy_(value)
-                    else:
-                        own[name] = value
+                    own[name] = own[name].copy_(value) if torch.is_tensor(value) else value
 
 
 def random_state() -> dict[str, Tensor]:
@@ -262,13 +222,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put the generators back to where `random_state` found them.
-
-    >>> before, first = random_state(), torch.rand(1)
-    >>> set_random_state(before)
-    >>> torch.equal(torch.rand(1), first)
-    True
-    """
+    """Put the generators back to where `random_state` found them."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -31,9 +31,6 @@ def _setting(meaning: str, default: Any = MISSING) -> Any:
 class FinetuneConfig:
     """Everything that decides what a fine-tune does. Checked when made; never changed afterwards.
 
-    Raises:
-        ConfigError: naming the setting, its value, and what it should have been.
-
     >>> config = FinetuneConfig.from_preset("guanaco-7b", max_steps=10)
     >>> config.r, config.lora_alpha, config.learning_rate, config.batch_size
     (64, 16.0, 0.0002, 1)
@@ -132,17 +129,13 @@ class FinetuneConfig:
         """Read settings from YAML; an entry `preset:` names where to start from."""
         import yaml
 
-        with reading(path, ConfigError, "write the settings as YAML, a `name: value` per line"):
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ConfigError(f"{path} must hold settings as `name: value`, not {settings!r}")
-        settings = _known(settings | overrides, "preset")
-        if "preset" in settings:
-            return cls.from_preset(settings.pop("preset"), **settings)
-        required = {setting.name for setting in fields(cls) if setting.default is MISSING}
-        if missing := sorted(required - settings.keys()):
-            raise ConfigError(f"{path} lacks {', '.join(missing)}; or start from a `preset:`")
-        return cls(**settings)
+        advice = "write a `name: value` per line, of every setting or beside a `preset: name`"
+        with reading(path, ConfigError, advice):
+            settings = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            settings = _known(settings | overrides, "preset")
+            if "preset" in settings:
+                return cls.from_preset(settings.pop("preset"), **settings)
+            return cls(**settings)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""

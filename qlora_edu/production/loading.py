@@ -49,17 +49,15 @@ def quantization_config(config: FinetuneConfig) -> Any:
 
 
 def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
-    """Model and tokenizer, from a folder or the Hub; the tokenizer has a token to pad with.
-
-    Raises:
-        ModelUnavailableError: naming the model and the ways out.
-        DoesNotFitError: if its weights do not fit in memory.
-    """
+    """Model and tokenizer, from a folder or the Hub; the tokenizer has a token to pad with."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = locate(config.model)
     try:
-        _check_reachable(source)
+        if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
+            # One quick question; transformers would ask for a minute before giving up.
+            HfApi().model_info(source, timeout=10)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -78,10 +76,9 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         ) from error
     except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
-            f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). Set "
-            "model= to a name on the Hugging Face Hub or to a folder, with weights in safetensors "
-            "('hf download NAME --local-dir FOLDER', where there is a network), or take the preset "
-            "'embedded', which needs no network"
+            f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). Name "
+            "one of the Hub or a folder with safetensors ('hf download NAME --local-dir FOLDER'), "
+            "or take the preset 'embedded', which needs no network"
         ) from error
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):
@@ -90,10 +87,8 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
             "would be drawn at random; download it again"
         )
     if left_out := sorted(found["unexpected_keys"]):
-        print(
-            f"warning: {config.model!r} has no layer for {len(left_out)} tensors ({left_out[0]}, "
-            "…): left out"
-        )
+        count = len(left_out)
+        print(f"warning: left out: there is no layer for {count} tensors ({left_out[0]}, …)")
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -105,14 +100,6 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_reachable(source: str) -> None:
-    # One quick question; otherwise transformers would ask for a minute, noisily, before giving up.
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if not Path(source).is_dir() and try_to_load_from_cache(source, "config.json") is None:
-        HfApi().model_info(source, timeout=10)
-
-
 def locate(name: str) -> str:
     """A local path as it is, or under the repository's root if it is there; else a Hub name."""
     exists = os.path.exists  # which says no to what can be no path, instead of raising
@@ -120,14 +107,7 @@ def locate(name: str) -> str:
 
 
 def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
-    """The fine-tuned model of a run folder, ready to answer, and its tokenizer.
-
-    `base` says where the base is now, if not where the run found it.
-
-    Raises:
-        DamagedFileError: naming a file that is not what the manifest says.
-        CheckpointError: if the base is another, even one of the same shape.
-    """
+    """The fine-tuned model of a run folder and its tokenizer; `base` if the base has moved."""
     folder = Path(folder)
     metadata = verify_manifest(folder)
     config = FinetuneConfig.from_yaml(folder / "config.yaml")
@@ -137,9 +117,8 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     model, tokenizer = load_base(config)
     if fingerprint(locate(config.model)) != metadata["base_sha256"]:
         raise CheckpointError(
-            f"the adapter in {folder} was trained on {metadata['base_model']!r}, and the weights "
-            f"of {config.model!r} are others. It would load, and answer badly; pass base= with the "
-            "right one"
+            f"the adapter in {folder} was trained on other weights than those of {config.model!r}. "
+            f"It would load, and answer badly; pass base= with {metadata['base_model']!r} as it was"
         )
     return attach_adapter(model, folder), tokenizer
 
@@ -147,11 +126,7 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
 def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it, called `name`. Returns the model
-    with the adapter, ready to answer; `model` itself is changed.
-
-    Raises:
-        LoRAError: if tensors are missing, left over or damaged; PEFT would pass over them.
+    A model that has an adapter already gets another one beside it. `model` itself is changed.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
@@ -200,23 +175,17 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     for name, tensor in tensors.items():
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
-            found = (
-                f"{name} has rank {tensor.shape[0]}, and adapter_config.json says r = {config.r}"
-            )
+            found = f"{name} has rank {tensor.shape[0]}, and its configuration says r = {config.r}"
             raise LoRAError(f"{found}; take both files from one place", [name])
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
     """Refuse a target that no linear layer is called by."""
-    targets = () if config.target_modules == "all-linear" else config.targets
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    kinds = sorted({name.rpartition(".")[2] for name in linear})
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ConfigError(
-                f"no linear layer of {config.model!r} is called {target!r}, as target_modules "
-                f"says; {did_you_mean(target, kinds)}"
-            )
+    linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for target in () if config.target_modules == "all-linear" else config.targets:
+        if not any(name.endswith(f".{target}") for name in linear):
+            hint = did_you_mean(target, sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(f"target_modules: no linear layer is called {target!r}; {hint}")
 
 
 def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
@@ -224,7 +193,5 @@ def check_positions(model: Any, rows: Iterable[dict[str, list[int]]]) -> None:
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest = max(len(row["input_ids"]) for row in rows)
     if longest > positions:
-        raise DataError(
-            f"a row has {longest:,} tokens, and the model knows {positions:,} positions; lower "
-            "max_length to that"
-        )
+        said = f"a row has {longest:,} tokens, and the model knows {positions:,} positions"
+        raise DataError(f"{said}; lower max_length to that")

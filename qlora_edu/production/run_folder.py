@@ -1,7 +1,6 @@
 """Support for chapters 9 and 10: a run on its way, and what it leaves behind.
 
-A run folder is written whole or not at all: everything goes to a hidden folder beside it, which
-takes its name in one move at the end.
+A run folder is written whole or not at all: it gets its name in one move, at the end.
 """
 
 import contextlib
@@ -32,10 +31,7 @@ class Scores:
 
 @dataclass(kw_only=True, repr=False)
 class Run:
-    """A fine-tune: what was prepared for it, and what has come of it so far.
-
-    `finetune` returns it when it is done; `model` and `tokenizer` are then ready to answer.
-    """
+    """A fine-tune: what was prepared for it, and what has come of it so far."""
 
     config: FinetuneConfig
     folder: Path
@@ -51,9 +47,7 @@ class Run:
     rows: list[dict[str, list[int]]] = field(default_factory=list)  # to train on, encoded
     before: Any = None  # Scores
     after: Any = None  # Scores
-    losses: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # (step, mean loss since the last)
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (step, mean since the last)
     training_seconds: float = 0.0  # without loading and without the two measurements
 
     @property
@@ -94,21 +88,17 @@ class Run:
             goes_on = f"its newest checkpoint is {saved[-1]}" if saved else "it has no checkpoint"
             where = f"stopped at step {step} of {self.config.max_steps}; {goes_on}"
             if isinstance(error, torch.OutOfMemoryError):
-                advice = "lower batch_size and begin again, or eval_batch_size and resume"
-                raise DoesNotFitError(f"{where}. Out of memory: {advice}") from error
+                raise DoesNotFitError(
+                    f"{where}. Out of memory: lower batch_size or max_length or set "
+                    "gradient_checkpointing, and begin again; or lower eval_batch_size and resume"
+                ) from error
             raise type(error)(f"{where}: {error}" if str(error) else where) from error
-
-
-# Where a run is written
 
 
 def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
     """Where the run will be written: `output_dir`, or the first free `runs/<name>`.
 
     To resume, it is `output_dir`, or the last `runs/<name>` that was interrupted.
-
-    Raises:
-        RunExistsError: if `output_dir` is there already, or checkpoints are and shall not be used.
     """
     if config.output_dir is None:
         names = [config.name, *(f"{config.name}-{n}" for n in range(2, 1000))]
@@ -124,9 +114,8 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
         )
     if checkpoints_of(folder).exists() and not resume:
         raise RunExistsError(
-            f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. "
-            "resume=True (on the command line --resume) goes on with it; to begin again, delete "
-            "that folder yourself"
+            f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. Go on with "
+            "resume=True (or --resume); to begin again, delete that folder yourself"
         )
     return folder
 
@@ -150,9 +139,6 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
     with contextlib.suppress(OSError):  # absent, or not empty
         saved.rmdir()
-
-
-# What is written
 
 
 def write_run(run: Run) -> None:
