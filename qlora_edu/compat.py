@@ -3,8 +3,9 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -42,8 +43,7 @@ def quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextmanager
-def rows_never_packed() -> Iterator[None]:
+def rows_never_packed() -> AbstractContextManager:
     """Let transformers 5 take every row for one text, without a look at its position ids.
 
     Tensors without memory have no numbers to compare, and it would trace a mask that no real step
@@ -51,9 +51,4 @@ def rows_never_packed() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    looks = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = looks
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda ids: None)
