@@ -2,12 +2,14 @@
 
 A conversation has no right answer. So answers of two systems to one prompt are put side by side, a
 judge, which is a plain function, says which is better, and from many such *games* each system gets
-a rating: by Elo, or by the model that Elo approximates, Bradley and Terry's. Every rating comes
-with the question how far it would have moved with other prompts or another order.
+a rating: by Elo, or by the model that Elo approximates, Bradley and Terry's. Intervals say how far
+other prompts or another order of the games would have moved it.
 """
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ from qlora_edu.comparison import Interval
 from qlora_edu.errors import EvaluationError
 
 K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
-MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
 Row = Mapping[str, Any]  # {"prompt": str, "answers": {system: str}}, maybe "wanted": str
 Judge = Callable[[Row, str, str], float]  # 1: the first answer is better; 0.5: a tie; 0: not
@@ -51,13 +52,9 @@ def word_f1(answer: str, wanted: str) -> float:
     >>> word_f1("a lamp", "a red lamp")  # precision 2/2, recall 2/3
     0.8
     """
-    mine, theirs = (_words(text) for text in (answer, wanted))
-    common = sum(min(mine.count(word), theirs.count(word)) for word in set(mine))
+    mine, theirs = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, wanted))
+    common = (Counter(mine) & Counter(theirs)).total()
     return 2 * common / (len(mine) + len(theirs)) if mine or theirs else 1.0
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
 
 
 def _compare(first: float, second: float) -> float:
@@ -77,17 +74,13 @@ def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Ga
     games = []
     meet = itertools.permutations if both_orders else itertools.combinations
     for i, row in enumerate(rows):
-        answers = row["answers"]
-        if answers.keys() != rows[0]["answers"].keys():
-            found = (
-                f"row {i} has answers of {sorted(answers)}, row 0 of {sorted(rows[0]['answers'])}"
-            )
-            raise EvaluationError(f"{found}; every system must answer every prompt")
+        answers, systems = row["answers"], rows[0]["answers"].keys()
+        if answers.keys() != systems:
+            raise EvaluationError(f"row {i} must have answers of {[*systems]}, not {[*answers]}")
         for first, second in meet(answers, 2):
             score = judge(row, answers[first], answers[second])
             if score not in (0, 0.5, 1):
-                meeting = f"row {i}, {first!r} against {second!r}"
-                raise EvaluationError(f"{meeting}: a verdict is 1, 0.5 (a tie) or 0, not {score!r}")
+                raise EvaluationError(f"row {i}: a verdict is 1, 0.5 (a tie) or 0, not {score!r}")
             games.append(Game(first, second, float(score), i))
     return games
 
@@ -121,9 +114,7 @@ def elo(games: Sequence[Game]) -> dict[str, float]:
 def elo_over_orders(
     games: Sequence[Game], orders: int = 10_000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Mean Elo over random orders of the same games, and where the middle 95 % of the orders end.
-
-    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000.
+    """Mean Elo over random orders of the games, and the middle 95 % (section 5 of the paper).
 
     >>> games = [Game("a", "b", 1.0, 0), Game("a", "b", 1.0, 1), Game("a", "b", 0.0, 2)]
     >>> {name: round(rating.mean) for name, rating in elo_over_orders(games, 1000).items()}
@@ -197,10 +188,10 @@ def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
     # There is a maximum if each system took points from each other, maybe by way of others.
     count, group = connected_components(points.sum(axis=0) > 0, connection="strong")
     if count > 1:
-        aside = [repr(name) for name, g in zip(systems, group, strict=True) if g == group[-1]]
+        aside = [name for name, g in zip(systems, group, strict=True) if g == group[-1]]
         raise EvaluationError(
-            f"{', '.join(aside)} and the others did not take points from each other in both "
-            "directions: no finite estimate of their distance; play more games, or leave them out"
+            f"no finite estimate of how far {aside} are from the others: points must go both ways "
+            "between them; play more games, or leave them out"
         )
     return systems, points
 
@@ -220,5 +211,6 @@ def _fit(wins: np.ndarray) -> np.ndarray:
 
 
 def _intervals(systems: list[str], centre: np.ndarray, found: np.ndarray) -> dict[str, Interval]:
-    columns = zip(systems, centre, *np.quantile(found, MIDDLE, axis=0), strict=True)
+    low_and_high = np.quantile(found, (0.025, 0.975), axis=0)
+    columns = zip(systems, centre, *low_and_high, strict=True)
     return {name: Interval(*map(float, numbers)) for name, *numbers in columns}

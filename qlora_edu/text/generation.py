@@ -1,8 +1,7 @@
 """How a model is made to speak, one token at a time. Support for chapter 10.
 
-A language model gives probabilities for the next token and nothing more. Everything else is done
-around it, and here by hand: choose a token, hand it back, stop at the end token, and stand several
-prompts in one batch so that none disturbs another.
+A language model gives probabilities for the next token. The rest is done here by hand: choose a
+token, hand it back, stop at the end token, and keep several prompts in one batch apart.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from qlora_edu.errors import GenerationError
 from qlora_edu.text.conversations import Message, encode_prompt, pad, require_counts
@@ -32,8 +32,7 @@ def next_token_probabilities(
     """
     check_sampling(temperature, top_p)
     if temperature == 0:
-        likeliest = logits.argmax(dim=-1)
-        return torch.nn.functional.one_hot(likeliest, logits.shape[-1]).to(torch.float32)
+        return one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -67,8 +66,8 @@ def generate_tokens(
     """Yield, step by step, the next token of each prompt; None for those that have had `end`.
 
     Prompts, lists of token ids, are padded on the *left*, the padding is masked, and positions are
-    counted from each prompt's own first token: so a prompt gets the same answer alone and in a
-    batch, but for the last bits of floats. `model` is one of transformers, in evaluation mode.
+    counted from each prompt's own first token: alone and in a batch the answer is the same, but for
+    the last bits of floats. `model` is one of transformers, in evaluation mode.
 
     Raises:
         GenerationError: for an empty prompt, one that fills all positions, or a bad setting.
@@ -77,12 +76,11 @@ def generate_tokens(
     if not prompts or not all(map(len, prompts)):
         raise GenerationError("a prompt is empty; there is nothing to go on from")
     device, longest = next(model.parameters()).device, max(map(len, prompts))
-    # The room may run out before max_new_tokens do.
     room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens)
     if longest >= room:
         raise GenerationError(
-            f"the prompt has {longest:,} tokens, and the model knows {room:,} positions, its own "
-            "answer included; shorten the prompt, or begin a new conversation"
+            f"the prompt has {longest:,} tokens, and the model {room:,} positions for it and the "
+            "answer; shorten the prompt, or begin a new conversation"
         )
     generator = torch.Generator().manual_seed(seed)
     ids = pad(prompts, end, side="left").to(device)
@@ -109,10 +107,7 @@ def generate_tokens(
 def sample_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], **settings: Any
 ) -> list[str]:
-    """Answer conversations, all in one batch; `settings` are those of `generate_tokens`.
-
-    Greedily the same answers as `training.generate_answers`, which leaves the loop to transformers.
-    """
+    """Answer conversations, all in one batch; `settings` are those of `generate_tokens`."""
     encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
     steps = list(generate_tokens(model, encoded, tokenizer.eos_token_id, **settings))
     answers = [[step[i] for step in steps if step[i] is not None] for i in range(len(encoded))]
@@ -122,10 +117,7 @@ def sample_answers(
 def stream_answer(
     model: Any, tokenizer: Any, messages: Sequence[Message], **settings: Any
 ) -> Iterator[str]:
-    """Yield the answer so far, longer at each step, as a chat window shows it.
-
-    One token is not always whole letters: the end may change when the next token has come.
-    """
+    """Yield the answer so far, one token longer each time; its last letter may not be whole yet."""
     prompt, new = encode_prompt(tokenizer, messages), []
     for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, **settings):
         new.append(token)
