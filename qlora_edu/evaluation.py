@@ -1,9 +1,8 @@
 """Chapter 10. Which of these systems is better? Judges, a tournament, and ratings.
 
-A conversation has no right answer. So answers of two systems to one prompt are put side by side, a
-judge, which is a plain function, says which is better, and from many such *games* each system gets
-a rating: by Elo, or by the model that Elo approximates, Bradley and Terry's. Intervals say how far
-other prompts or another order of the games would have moved it.
+A judge, which is a plain function, says which of two answers to a prompt is better. From many such
+*games* each system gets a rating: by Elo, or by the model that Elo approximates, Bradley and
+Terry's. Intervals say how far other prompts or another order of the games would have moved it.
 """
 
 import itertools
@@ -63,9 +62,6 @@ def _compare(first: float, second: float) -> float:
 
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
     """Let every two systems meet on every row; with `both_orders` twice, each first once.
-
-    Raises:
-        EvaluationError: a verdict is none, or a row lacks the answer of a system.
 
     >>> row = {"prompt": "Who?", "wanted": "Ada", "answers": {"base": "Eva", "tuned": "Ada"}}
     >>> play([row], exact_judge, both_orders=False)
@@ -139,19 +135,16 @@ def elo_over_orders(
 def bradley_terry(games: Sequence[Game]) -> dict[str, float]:
     """The ratings under which the games are likeliest, on Elo's scale; no order comes into it.
 
-    A tie counts as half a win for each. Found by the fixed point of Zermelo (1929): a system's
-    strength is its wins over the sum, over its games, of 1 / (its strength + the other's).
-
-    Raises:
-        EvaluationError: some systems never lost a point to the others: infinite ratings.
+    A tie is half a win for each. By the fixed point of Zermelo (1929): a system's strength is its
+    wins over the sum, over its games, of 1 / (its strength + the other's). `EvaluationError` if
+    some systems never lost a point to the others: their ratings would be infinite.
 
     >>> games = [Game("a", "b", 1.0, 0)] * 10 + [Game("b", "a", 1.0, 0)]
     >>> {name: round(rating) for name, rating in bradley_terry(games).items()}
     {'a': 1200, 'b': 800}
     """
     systems, points = _points(games)
-    ratings = START + _fit(points.sum(axis=0)[None])[0]
-    return dict(zip(systems, ratings.tolist(), strict=True))
+    return dict(zip(systems, _fit(points.sum(axis=0)[None])[0].tolist(), strict=True))
 
 
 def bradley_terry_over_rows(
@@ -165,7 +158,7 @@ def bradley_terry_over_rows(
     shares = np.full(len(points), 1 / len(points))
     draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
     drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
-    return _intervals(systems, START + _fit(points.sum(axis=0)[None])[0], START + _fit(drawn))
+    return _intervals(systems, _fit(points.sum(axis=0)[None])[0], _fit(drawn))
 
 
 def _systems(games: Sequence[Game]) -> list[str]:
@@ -197,7 +190,7 @@ def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:
-    """Ratings around 0, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
+    """Ratings around `START`, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
     games, won = wins + wins.transpose(0, 2, 1), wins.sum(axis=2)
     strength = np.ones(won.shape)
     for _ in range(10_000):
@@ -207,7 +200,7 @@ def _fit(wins: np.ndarray) -> np.ndarray:
         strength /= np.exp(np.log(strength).mean(axis=1, keepdims=True))
         if np.abs(np.log(strength / before)).max() < 1e-9:
             break
-    return 400 / math.log(10) * np.log(strength)
+    return START + 400 / math.log(10) * np.log(strength)
 
 
 def _intervals(systems: list[str], centre: np.ndarray, found: np.ndarray) -> dict[str, Interval]:

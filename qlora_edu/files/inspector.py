@@ -27,7 +27,6 @@ class InspectedWeight(NamedTuple):
     file_position: int | None = None  # Of the byte, from the start of the file
 
     def __str__(self) -> str:
-        """Write the way from the place to the value, a line for each step."""
         place = "" if self.file_position is None else f", byte {self.file_position} of the file"
         first, second = f"{self.value >> 4:04b}", f"{self.value & 15:04b}"
         bits = f"[{first}] {second}" if self.half == "high" else f"{first} [{second}]"
@@ -79,18 +78,13 @@ def inspect_weight(
 
 
 def inspect_file(path: str | Path, name: str, index: Sequence[int]) -> InspectedWeight:
-    """Follow one weight into a safetensors file; no other bytes of it are read.
+    """Follow one weight, stored as bitsandbytes' `Linear4bit` does, into a safetensors file.
 
-    The file starts with the length of its header, 8 bytes; then the header, JSON that says of each
-    tensor where its bytes begin; then the bytes. It has the keys of a bitsandbytes `Linear4bit`
-    without double quantisation; `name` is that of the weight.
-
-    Source: the README of safetensors, "Format".
+    The file has 8 bytes with the length of its header; the header, JSON that says of each tensor
+    where its bytes begin; then the bytes. Source: the README of safetensors, "Format".
     """
-    advice = f"it must hold {name!r} in 4 bits, with plain float32 constants"
-    with reading(path, QuantizationError, advice):
-        # A part of the file is read when it is looked at.
-        file = np.memmap(path, np.uint8, mode="c")
+    with reading(path, QuantizationError, f"it must hold {name!r} in 4 bits, with float32 absmax"):
+        file = np.memmap(path, np.uint8, mode="c")  # only what is looked at is read
         start = 8 + int.from_bytes(file[:8], "little")
         header = json.loads(bytes(file[8:start]))
 

@@ -60,11 +60,9 @@ def require_counts(error: type[QloraError], **counts: Any) -> None:
 def read_conversations(source: str | Path, split: str = "train") -> list[Conversation]:
     """Read and check every conversation of a JSONL file, a folder of them, or a Hub data set.
 
-    A folder is read at `{split}.jsonl`; a row has the form of `ROW`. Rows with an empty answer are
-    left out, and turns after the last answer are cut off; both are counted and printed.
-
-    Raises:
-        DataError: the source cannot be read, or a row of it is no conversation with an answer.
+    A folder is read at `{split}.jsonl`. Rows with an empty answer are left out, and turns after the
+    last answer are cut off; both are counted and printed. Any other row that is no conversation
+    with an answer, in the form of `ROW`, is a `DataError`.
     """
     path = Path(source)
     if path.is_dir():

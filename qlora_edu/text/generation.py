@@ -22,9 +22,7 @@ def next_token_probabilities(
 
     The logits are divided by `temperature`; 0 is *greedy*, all on the likeliest token. Then the
     **nucleus** is kept: the fewest of the likeliest tokens that together have at least `top_p`,
-    made to sum to 1. Of equally likely ones the first is kept.
-
-    Equals transformers' temperature and top-p warpers, but for ties, of which it keeps the last.
+    made to sum to 1. Of equally likely ones the first is kept (transformers keeps the last).
     Source: Holtzman and others, arXiv 1904.09751, section 3.1.
 
     >>> next_token_probabilities(torch.tensor([0.5, 0.3, 0.2]).log(), top_p=0.6)
@@ -117,8 +115,9 @@ def sample_answers(
 def stream_answer(
     model: Any, tokenizer: Any, messages: Sequence[Message], **settings: Any
 ) -> Iterator[str]:
-    """Yield the answer so far, one token longer each time; its last letter may not be whole yet."""
+    """Yield the answer so far, longer at each step, in whole letters."""
     prompt, new = encode_prompt(tokenizer, messages), []
     for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, **settings):
         new.append(token)
-        yield tokenizer.decode(new, skip_special_tokens=True).strip()
+        text = tokenizer.decode(new, skip_special_tokens=True).strip()
+        yield text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a letter whose last byte is to come
