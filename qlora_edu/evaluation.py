@@ -150,13 +150,11 @@ def bradley_terry(games: Sequence[Game]) -> dict[str, float]:
 def bradley_terry_over_rows(
     games: Sequence[Game], rounds: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap).
-
-    Half a tie between every two systems is added in each round: no draw gives an infinite rating.
-    """
+    """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap)."""
     systems, points = _points(games)
     shares = np.full(len(points), 1 / len(points))
     draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
+    # Half a tie more between every two systems: so no draw gives an infinite rating.
     drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
     return _intervals(systems, _fit(points.sum(axis=0)[None])[0], _fit(drawn))
 

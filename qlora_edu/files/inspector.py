@@ -51,9 +51,7 @@ def inspect_weight(
     index: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> InspectedWeight:
-    """Follow one weight of what `quantize_blockwise` returns to its byte, nibble and block.
-
-    `shape` and `dtype` are those of the tensor before quantisation.
+    """Follow one weight of what `quantize_blockwise` made of a tensor of this `shape` and `dtype`.
 
     >>> packed, levels = torch.tensor([[0x0F]], dtype=torch.uint8), torch.linspace(-1, 1, 16)
     >>> found = inspect_weight(packed, torch.tensor([3.0]), levels, 64, (1, 2), (0, 1))
@@ -95,14 +93,10 @@ def inspect_file(path: str | Path, name: str, index: Sequence[int]) -> Inspected
         if f"{name}.nested_absmax" in header:
             raise QuantizationError(f"{name!r} of {path} is double-quantised, see chapter 3")
         [about] = [key for key in header if key.startswith(f"{name}.quant_state.bitsandbytes__")]
-        metadata = json.loads(bytes(read(about).tolist()))
-        found = inspect_weight(
-            read(name),
-            read(f"{name}.absmax").view(torch.float32),
-            read(f"{name}.quant_map").view(torch.float32),
-            metadata["blocksize"],
-            metadata["shape"],
-            index,
-            getattr(torch, metadata["dtype"]),
+        state = json.loads(bytes(read(about).tolist()))
+        absmax, levels = (
+            read(f"{name}.{key}").view(torch.float32) for key in ("absmax", "quant_map")
         )
+        dtype, shape = getattr(torch, state["dtype"]), state["shape"]
+        found = inspect_weight(read(name), absmax, levels, state["blocksize"], shape, index, dtype)
     return found._replace(file_position=start + header[name]["data_offsets"][0] + found.byte)

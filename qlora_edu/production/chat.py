@@ -27,10 +27,7 @@ EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
 
 @dataclass
 class Chat:
-    """A conversation with the systems of a shelf; with `remember` each has its own.
-
-    Without it each message stands alone, which is how the course's adapters were trained.
-    """
+    """The systems of a shelf, to talk to; with `remember` they know what was said before."""
 
     shelf: AdapterShelf
     tokenizer: Any

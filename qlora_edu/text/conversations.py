@@ -140,8 +140,8 @@ def encode_messages(
         text = tokenizer.apply_chat_template(marked, tokenize=False, **options)
     except (TemplateError, ValueError) as error:  # or there is no template
         raise DataError(
-            f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
-            "use chat_template='guanaco', which takes any"
+            f"{where}: the chat template refuses this conversation ({error}); use "
+            "chat_template='guanaco', which takes any"
         ) from error
     ids = []
     for part in re.split(f"([{''.join(typed)}])", text) if typed else [text]:
@@ -172,10 +172,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """Encode many; count and print which answers `max_length` cuts short or away.
-
-    A row whose answers are cut away is left out; one cut inside an answer stays, without its end.
-    """
+    """Encode many; print which answers `max_length` cuts short, or away, and with them the row."""
     encoded, shortened, lost = [], [], []
     require_counts(DataError, max_length=max_length)
     for number, messages in enumerate(conversations, start=1):
@@ -202,11 +199,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     if not content.strip():
         raise DataError(f"{path} is empty; write one JSON object per line")
     for number, line in enumerate(content.split(b"\n"), start=1):
-        where = f"{path}:{number}"
         if line.strip():
-            with reading(where, DataError, "write one JSON object per line, in UTF-8"):
+            with reading(f"{path}:{number}", DataError, "write one JSON object per line, in UTF-8"):
                 row = json.loads(line.decode("utf-8-sig"))  # some editors put a mark before it
-            yield where, row
+            yield f"{path}:{number}", row
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:

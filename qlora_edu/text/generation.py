@@ -42,7 +42,7 @@ def next_token_probabilities(
 
 
 def check_sampling(temperature: float, top_p: float, max_new_tokens: int = 1) -> None:
-    """Refuse a setting that means nothing, with a `GenerationError`."""
+    """Raise a `GenerationError` for a setting that means nothing."""
     require_counts(GenerationError, max_new_tokens=max_new_tokens)
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise GenerationError(
@@ -65,10 +65,8 @@ def generate_tokens(
 
     Prompts, lists of token ids, are padded on the *left*, the padding is masked, and positions are
     counted from each prompt's own first token: alone and in a batch the answer is the same, but for
-    the last bits of floats. `model` is one of transformers, in evaluation mode.
-
-    Raises:
-        GenerationError: for an empty prompt, one that fills all positions, or a bad setting.
+    the last bits of floats. `model` is one of transformers, in evaluation mode. A prompt that is
+    empty or fills all positions, or a bad setting, is a `GenerationError`.
     """
     check_sampling(temperature, top_p, max_new_tokens)
     if not prompts or not all(map(len, prompts)):
@@ -86,14 +84,11 @@ def generate_tokens(
     going, kept = [True] * len(prompts), None
     for _ in range(min(max_new_tokens, room - longest)):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        masked = {"attention_mask": mask, "position_ids": positions}
-        out = model(input_ids=ids, **masked, past_key_values=kept, use_cache=True)
+        read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = model(**read, past_key_values=kept, use_cache=True)
         kept = out.past_key_values
         chances = next_token_probabilities(out.logits[:, -1], temperature, top_p)
-        if temperature == 0:
-            ids = chances.argmax(dim=-1, keepdim=True)
-        else:
-            ids = torch.multinomial(chances.cpu(), 1, generator=generator).to(device)
+        ids = torch.multinomial(chances.cpu(), 1, generator=generator).to(device)
         tokens = ids.flatten().tolist()
         going = [g and token != end for g, token in zip(going, tokens, strict=True)]
         if not any(going):

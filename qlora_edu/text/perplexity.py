@@ -48,8 +48,7 @@ class Surprise(NamedTuple):
 def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list[list[int]]:
     """Read a JSONL file of `{"text": …}` or `{"messages": […]}` as token ids, at most `max_length`.
 
-    A text gets the begin and the end token around it, as far as the tokenizer has them; messages go
-    through the tokenizer's template. `DataError` names a line that cannot be used.
+    A text gets the begin and the end token around it, as far as the tokenizer has them.
     """
     require_counts(DataError, max_length=max_length)
     rows = []
@@ -73,7 +72,7 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
     require_counts(DataError, batch_size=batch_size)
     tokens = torch.tensor([len(row) - 1 for row in rows])
     if (tokens < 1).any():
-        raise DataError(f"document {(tokens < 1).int().argmax()} has no second token; leave it out")
+        raise DataError(f"document {tokens.argmin()} has no second token; leave it out")
     device = getattr(model, "device", "cpu")  # a plain function has none
     nats = torch.zeros(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
