@@ -1,7 +1,6 @@
 """QLoRA from first principles: each chapter of the course is one module of this package.
 
-`import qlora_edu` loads next to nothing: a public name is fetched from its module when it is first
-used, and the heavy libraries load only with the functions that need them.
+A public name is fetched from its module when it is used, so `import qlora_edu` loads little.
 """
 
 from importlib import import_module

@@ -32,9 +32,6 @@ class Game(NamedTuple):
     row: int
 
 
-# Judges
-
-
 def exact_judge(row: Row, first: str, second: str) -> float:
     """Right beats wrong: an answer is right if it equals `row["wanted"]`."""
     return _compare(*(answer.strip() == row["wanted"].strip() for answer in (first, second)))
@@ -79,9 +76,6 @@ def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Ga
                 raise EvaluationError(f"row {i}: a verdict is 1, 0.5 (a tie) or 0, not {score!r}")
             games.append(Game(first, second, float(score), i))
     return games
-
-
-# Ratings
 
 
 def expected_score(rating: float, other: float) -> float:

@@ -65,11 +65,8 @@ class Chat:
 def load_chat(
     model: str = EMBEDDED, adapters: Mapping[str, str | Path] = {}, method: str = "qlora"
 ) -> Chat:
-    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and folders of adapters by name.
-
-    Without `adapters` the embedded base has the course's four.
-    """
-    if not adapters and model == EMBEDDED:
+    """A chat with a base, in 4 bits unless `method="lora"`, and folders of adapters by name."""
+    if not adapters and model == EMBEDDED:  # the course's four
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
     config = FinetuneConfig.from_preset("embedded", model=model, method=method)

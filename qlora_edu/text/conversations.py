@@ -157,9 +157,7 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = tokenizer(text, **options)["input_ids"]
     if set(_special_tokens(tokenizer).values()).intersection(ids):
-        raise DataError(
-            f"the tokenizer reads a part of {text[:40]!r} as control: take it out of the text"
-        )
+        raise DataError(f"the tokenizer reads a part of {text[:40]!r} as control: take it out")
     return ids
 
 

@@ -93,10 +93,7 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
 def rounded_weights(
     model: nn.Module, round_trip: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
 ) -> Iterator[nn.Module]:
-    """Within the block, `model` computes with its weights quantised and read back by `round_trip`.
-
-    `names` says which parameters; by default `linear_weights`.
-    """
+    """Within the block, `model` computes with `linear_weights`, or `names`, after `round_trip`."""
     names = linear_weights(model) if names is None else names
     before = {parameter: parameter.data for parameter in map(model.get_parameter, names)}
     try:
