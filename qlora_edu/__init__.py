@@ -1,7 +1,6 @@
 """QLoRA from first principles: each chapter of the course is one module of this package.
 
-`import qlora_edu` loads next to nothing: a public name is fetched from its module when it is first
-used, and the heavy libraries load only with the functions that need them.
+A public name is fetched from its module when it is used, so `import qlora_edu` loads little.
 """
 
 from importlib import import_module
@@ -23,17 +22,14 @@ __all__ = [*_HOME, "__version__"]
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        value = _version()
-    elif name in _HOME:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    else:
+        return _version()
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def _version() -> str:

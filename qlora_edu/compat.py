@@ -3,8 +3,9 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -12,8 +13,7 @@ import torch
 def forbid_cpu_repacking(model: torch.nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers trainable on processors with AVX512-BF16.
 
-    bitsandbytes 0.50 repacks its weights at the first evaluation there, for a faster kernel that
-    has no backward pass; later training would go on without those gradients.
+    There 0.50 repacks its weights at the first evaluation, for a kernel without a backward pass.
     """
     module: Any
     for module in model.modules():
@@ -42,18 +42,11 @@ def quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextmanager
-def rows_never_packed() -> Iterator[None]:
+def rows_never_packed() -> AbstractContextManager:
     """Let transformers 5 take every row for one text, without a look at its position ids.
 
-    Tensors without memory have no numbers to compare, and it would trace a mask that no real step
-    makes. Wait for a setting with which a caller says so himself.
+    Tensors without memory have none to compare, and it would trace a mask that no real step makes.
     """
     from transformers import masking_utils
 
-    looks = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = looks
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda ids: None)

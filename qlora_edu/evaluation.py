@@ -1,13 +1,14 @@
 """Chapter 10. Which of these systems is better? Judges, a tournament, and ratings.
 
-A conversation has no right answer. So answers of two systems to one prompt are put side by side, a
-judge, which is a plain function, says which is better, and from many such *games* each system gets
-a rating: by Elo, or by the model that Elo approximates, Bradley and Terry's. Every rating comes
-with the question how far it would have moved with other prompts or another order.
+A judge, which is a plain function, says which of two answers to a prompt is better. From many such
+*games* each system gets a rating: by Elo, or by the model that Elo approximates, Bradley and
+Terry's. Intervals say how far other prompts or another order of the games would have moved it.
 """
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from qlora_edu.comparison import Interval
 from qlora_edu.errors import EvaluationError
 
 K, START = 32, 1000  # Elo as in the paper: points at stake in a game, and the first rating
-MIDDLE = (0.025, 0.975)  # where the middle 95 % of drawn ratings begin and end
 
 Row = Mapping[str, Any]  # {"prompt": str, "answers": {system: str}}, maybe "wanted": str
 Judge = Callable[[Row, str, str], float]  # 1: the first answer is better; 0.5: a tie; 0: not
@@ -30,9 +30,6 @@ class Game(NamedTuple):
     second: str
     score: float
     row: int
-
-
-# Judges
 
 
 def exact_judge(row: Row, first: str, second: str) -> float:
@@ -51,13 +48,9 @@ def word_f1(answer: str, wanted: str) -> float:
     >>> word_f1("a lamp", "a red lamp")  # precision 2/2, recall 2/3
     0.8
     """
-    mine, theirs = (_words(text) for text in (answer, wanted))
-    common = sum(min(mine.count(word), theirs.count(word)) for word in set(mine))
+    mine, theirs = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, wanted))
+    common = (Counter(mine) & Counter(theirs)).total()
     return 2 * common / (len(mine) + len(theirs)) if mine or theirs else 1.0
-
-
-def _words(text: str) -> list[str]:
-    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
 
 
 def _compare(first: float, second: float) -> float:
@@ -67,9 +60,6 @@ def _compare(first: float, second: float) -> float:
 def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Game]:
     """Let every two systems meet on every row; with `both_orders` twice, each first once.
 
-    Raises:
-        EvaluationError: a verdict is none, or a row lacks the answer of a system.
-
     >>> row = {"prompt": "Who?", "wanted": "Ada", "answers": {"base": "Eva", "tuned": "Ada"}}
     >>> play([row], exact_judge, both_orders=False)
     [Game(first='base', second='tuned', score=0.0, row=0)]
@@ -77,22 +67,15 @@ def play(rows: Sequence[Row], judge: Judge, both_orders: bool = True) -> list[Ga
     games = []
     meet = itertools.permutations if both_orders else itertools.combinations
     for i, row in enumerate(rows):
-        answers = row["answers"]
-        if answers.keys() != rows[0]["answers"].keys():
-            found = (
-                f"row {i} has answers of {sorted(answers)}, row 0 of {sorted(rows[0]['answers'])}"
-            )
-            raise EvaluationError(f"{found}; every system must answer every prompt")
+        answers, systems = row["answers"], rows[0]["answers"].keys()
+        if answers.keys() != systems:
+            raise EvaluationError(f"row {i} must have answers of {[*systems]}, not {[*answers]}")
         for first, second in meet(answers, 2):
             score = judge(row, answers[first], answers[second])
             if score not in (0, 0.5, 1):
-                meeting = f"row {i}, {first!r} against {second!r}"
-                raise EvaluationError(f"{meeting}: a verdict is 1, 0.5 (a tie) or 0, not {score!r}")
+                raise EvaluationError(f"row {i}: a verdict is 1, 0.5 (a tie) or 0, not {score!r}")
             games.append(Game(first, second, float(score), i))
     return games
-
-
-# Ratings
 
 
 def expected_score(rating: float, other: float) -> float:
@@ -121,9 +104,7 @@ def elo(games: Sequence[Game]) -> dict[str, float]:
 def elo_over_orders(
     games: Sequence[Game], orders: int = 10_000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Mean Elo over random orders of the same games, and where the middle 95 % of the orders end.
-
-    As for Guanaco (section 5 of the paper): 10,000 orders, K = 32, from 1,000.
+    """Mean Elo over random orders of the games, and the middle 95 % (section 5 of the paper).
 
     >>> games = [Game("a", "b", 1.0, 0), Game("a", "b", 1.0, 1), Game("a", "b", 0.0, 2)]
     >>> {name: round(rating.mean) for name, rating in elo_over_orders(games, 1000).items()}
@@ -148,33 +129,28 @@ def elo_over_orders(
 def bradley_terry(games: Sequence[Game]) -> dict[str, float]:
     """The ratings under which the games are likeliest, on Elo's scale; no order comes into it.
 
-    A tie counts as half a win for each. Found by the fixed point of Zermelo (1929): a system's
-    strength is its wins over the sum, over its games, of 1 / (its strength + the other's).
-
-    Raises:
-        EvaluationError: some systems never lost a point to the others: infinite ratings.
+    A tie is half a win for each. By the fixed point of Zermelo (1929): a system's strength is its
+    wins over the sum, over its games, of 1 / (its strength + the other's). `EvaluationError` if
+    some systems never lost a point to the others: their ratings would be infinite.
 
     >>> games = [Game("a", "b", 1.0, 0)] * 10 + [Game("b", "a", 1.0, 0)]
     >>> {name: round(rating) for name, rating in bradley_terry(games).items()}
     {'a': 1200, 'b': 800}
     """
     systems, points = _points(games)
-    ratings = START + _fit(points.sum(axis=0)[None])[0]
-    return dict(zip(systems, ratings.tolist(), strict=True))
+    return dict(zip(systems, _fit(points.sum(axis=0)[None])[0].tolist(), strict=True))
 
 
 def bradley_terry_over_rows(
     games: Sequence[Game], rounds: int = 1000, seed: int = 0
 ) -> dict[str, Interval]:
-    """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap).
-
-    Half a tie between every two systems is added in each round: no draw gives an infinite rating.
-    """
+    """Bradley–Terry ratings, and the middle 95 % over prompts drawn anew (a bootstrap)."""
     systems, points = _points(games)
     shares = np.full(len(points), 1 / len(points))
     draws = np.random.default_rng(seed).multinomial(len(points), shares, size=rounds)
+    # Half a tie more between every two systems: so no draw gives an infinite rating.
     drawn = np.einsum("bn,nij->bij", draws, points) + 0.25 * (1 - np.eye(len(systems)))
-    return _intervals(systems, START + _fit(points.sum(axis=0)[None])[0], START + _fit(drawn))
+    return _intervals(systems, _fit(points.sum(axis=0)[None])[0], _fit(drawn))
 
 
 def _systems(games: Sequence[Game]) -> list[str]:
@@ -197,16 +173,16 @@ def _points(games: Sequence[Game]) -> tuple[list[str], np.ndarray]:
     # There is a maximum if each system took points from each other, maybe by way of others.
     count, group = connected_components(points.sum(axis=0) > 0, connection="strong")
     if count > 1:
-        aside = [repr(name) for name, g in zip(systems, group, strict=True) if g == group[-1]]
+        aside = [name for name, g in zip(systems, group, strict=True) if g == group[-1]]
         raise EvaluationError(
-            f"{', '.join(aside)} and the others did not take points from each other in both "
-            "directions: no finite estimate of their distance; play more games, or leave them out"
+            f"no finite estimate of how far {aside} are from the others: points must go both ways "
+            "between them; play more games, or leave them out"
         )
     return systems, points
 
 
 def _fit(wins: np.ndarray) -> np.ndarray:
-    """Ratings around 0, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
+    """Ratings around `START`, on Elo's scale, for a batch of matrices of points `[b, n, n]`."""
     games, won = wins + wins.transpose(0, 2, 1), wins.sum(axis=2)
     strength = np.ones(won.shape)
     for _ in range(10_000):
@@ -216,9 +192,10 @@ def _fit(wins: np.ndarray) -> np.ndarray:
         strength /= np.exp(np.log(strength).mean(axis=1, keepdims=True))
         if np.abs(np.log(strength / before)).max() < 1e-9:
             break
-    return 400 / math.log(10) * np.log(strength)
+    return START + 400 / math.log(10) * np.log(strength)
 
 
 def _intervals(systems: list[str], centre: np.ndarray, found: np.ndarray) -> dict[str, Interval]:
-    columns = zip(systems, centre, *np.quantile(found, MIDDLE, axis=0), strict=True)
+    low_and_high = np.quantile(found, (0.025, 0.975), axis=0)
+    columns = zip(systems, centre, *low_and_high, strict=True)
     return {name: Interval(*map(float, numbers)) for name, *numbers in columns}

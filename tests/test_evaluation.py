@@ -70,13 +70,13 @@ def test_a_judge_sees_the_right_answers_and_must_give_a_verdict():
         assert row is ROW and {first, second} <= set(ROW["answers"].values())
         return 0.5 if first < second else 0.7
 
-    with pytest.raises(EvaluationError, match="row 0, 'b' against 'a'.*not 0.7"):
+    with pytest.raises(EvaluationError, match="row 0: .*not 0.7"):
         play([ROW], judge)
 
 
 def test_a_missing_answer_is_noticed():
     hole = {"prompt": "When?", "answers": {"a": "Monday", "c": "?"}}
-    with pytest.raises(EvaluationError, match=r"row 1 has answers of \['a', 'c'\]"):
+    with pytest.raises(EvaluationError, match=r"row 1 must .*, not \['a', 'c'\]"):
         play([ROW, hole], exact_judge)
 
 

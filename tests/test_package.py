@@ -30,7 +30,8 @@ def test_importing_and_quantising_load_no_heavy_library():
 def test_every_public_name_is_there():
     assert {"nf4_levels", "QuantizedTensor", "PagedAdamW", "__version__"} < set(qlora_edu.__all__)
     for name in qlora_edu.__all__:
-        assert getattr(qlora_edu, name) and name in dir(qlora_edu), name
+        assert getattr(qlora_edu, name), name
+    assert dir(qlora_edu) == sorted(qlora_edu.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qlora_edu.nothing
 

@@ -27,7 +27,6 @@ class InspectedWeight(NamedTuple):
     file_position: int | None = None  # Of the byte, from the start of the file
 
     def __str__(self) -> str:
-        """Write the way from the place to the value, a line for each step."""
         place = "" if self.file_position is None else f", byte {self.file_position} of the file"
         first, second = f"{self.value >> 4:04b}", f"{self.value & 15:04b}"
         bits = f"[{first}] {second}" if self.half == "high" else f"{first} [{second}]"
@@ -52,9 +51,7 @@ def inspect_weight(
     index: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> InspectedWeight:
-    """Follow one weight of what `quantize_blockwise` returns to its byte, nibble and block.
-
-    `shape` and `dtype` are those of the tensor before quantisation.
+    """Follow one weight of what `quantize_blockwise` made of a tensor of this `shape` and `dtype`.
 
     >>> packed, levels = torch.tensor([[0x0F]], dtype=torch.uint8), torch.linspace(-1, 1, 16)
     >>> found = inspect_weight(packed, torch.tensor([3.0]), levels, 64, (1, 2), (0, 1))
@@ -79,18 +76,13 @@ def inspect_weight(
 
 
 def inspect_file(path: str | Path, name: str, index: Sequence[int]) -> InspectedWeight:
-    """Follow one weight into a safetensors file; no other bytes of it are read.
+    """Follow one weight, stored as bitsandbytes' `Linear4bit` does, into a safetensors file.
 
-    The file starts with the length of its header, 8 bytes; then the header, JSON that says of each
-    tensor where its bytes begin; then the bytes. It has the keys of a bitsandbytes `Linear4bit`
-    without double quantisation; `name` is that of the weight.
-
-    Source: the README of safetensors, "Format".
+    The file has 8 bytes with the length of its header; the header, JSON that says of each tensor
+    where its bytes begin; then the bytes. Source: the README of safetensors, "Format".
     """
-    advice = f"it must hold {name!r} in 4 bits, with plain float32 constants"
-    with reading(path, QuantizationError, advice):
-        # A part of the file is read when it is looked at.
-        file = np.memmap(path, np.uint8, mode="c")
+    with reading(path, QuantizationError, f"it must hold {name!r} in 4 bits, with float32 absmax"):
+        file = np.memmap(path, np.uint8, mode="c")  # only what is looked at is read
         start = 8 + int.from_bytes(file[:8], "little")
         header = json.loads(bytes(file[8:start]))
 
@@ -101,14 +93,10 @@ def inspect_file(path: str | Path, name: str, index: Sequence[int]) -> Inspected
         if f"{name}.nested_absmax" in header:
             raise QuantizationError(f"{name!r} of {path} is double-quantised, see chapter 3")
         [about] = [key for key in header if key.startswith(f"{name}.quant_state.bitsandbytes__")]
-        metadata = json.loads(bytes(read(about).tolist()))
-        found = inspect_weight(
-            read(name),
-            read(f"{name}.absmax").view(torch.float32),
-            read(f"{name}.quant_map").view(torch.float32),
-            metadata["blocksize"],
-            metadata["shape"],
-            index,
-            getattr(torch, metadata["dtype"]),
+        state = json.loads(bytes(read(about).tolist()))
+        absmax, levels = (
+            read(f"{name}.{key}").view(torch.float32) for key in ("absmax", "quant_map")
         )
+        dtype, shape = getattr(torch, state["dtype"]), state["shape"]
+        found = inspect_weight(read(name), absmax, levels, state["blocksize"], shape, index, dtype)
     return found._replace(file_position=start + header[name]["data_offsets"][0] + found.byte)

@@ -1,10 +1,8 @@
 """Support for chapter 10: a conversation with one of several systems, in the terminal or a widget.
 
-`python -m qlora_edu chat` loads one base and the course's four adapters. Each message is answered
-by the system that is chosen, or by two. Terminal and widget have `Chat` in common.
+Each message is answered by the system that is chosen, or by two, one after the other.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +27,7 @@ EXAMPLE = "Ada sold a green lamp to Otto at the well. Who sold the lamp?"
 
 @dataclass
 class Chat:
-    """A conversation with the systems of a shelf; with `remember` each has its own.
-
-    Without it each message stands alone, which is how the course's adapters were trained.
-    """
+    """The systems of a shelf, to talk to; with `remember` they know what was said before."""
 
     shelf: AdapterShelf
     tokenizer: Any
@@ -46,15 +41,12 @@ class Chat:
     def answer(
         self, message: str, system: str, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """Yield the answer as it grows; it ends, and is remembered so far, once `stopped()`.
-
-        `GenerationError` if the message is empty or too long; `LoRAError` for an unknown system.
-        """
+        """Yield the answer as it grows; it ends, and is remembered so far, once `stopped()`."""
         if not message.strip():
             raise GenerationError("the message is empty; type something to be answered")
         past = self.history.get(system, []) if self.remember else []
-        messages: list[Message] = [*past, {"role": "user", "content": message.strip()}]
-        names, text = ("max_new_tokens", "temperature", "top_p", "seed"), ""
+        messages, text = [*past, {"role": "user", "content": message.strip()}], ""
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
         settings = {name: getattr(self, name) for name in names}
         with self.shelf.using(system) as model:
             for text in stream_answer(model, self.tokenizer, messages, **settings):
@@ -71,26 +63,19 @@ class Chat:
 
 
 def load_chat(
-    model: str = EMBEDDED,
-    adapters: Mapping[str, str | Path] | None = None,
-    method: str = "qlora",
+    model: str = EMBEDDED, adapters: Mapping[str, str | Path] = {}, method: str = "qlora"
 ) -> Chat:
-    """A chat with a base, in 4 bits or (`method="lora"`) as it is, and folders of adapters by name.
-
-    Without `adapters` the embedded base has the course's four.
-    """
-    if not adapters and model == EMBEDDED:
+    """A chat with a base, in 4 bits unless `method="lora"`, and folders of adapters by name."""
+    if not adapters and model == EMBEDDED:  # the course's four
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
     config = FinetuneConfig.from_preset("embedded", model=model, method=method)
     base, tokenizer = load_base(config)
-    return Chat(AdapterShelf(base, adapters or {}), tokenizer)
+    return Chat(AdapterShelf(base, adapters), tokenizer)
 
 
 def converse(chat: Chat, systems: Sequence[str]) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
-    with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
-        import readline  # noqa: F401
     print(f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help")
     print(f"Give a passage and ask about it, such as: {EXAMPLE}")
     while True:
@@ -122,10 +107,7 @@ def converse(chat: Chat, systems: Sequence[str]) -> None:
 
 def _show(system: str, answer: Iterator[str]) -> None:
     shown = ""
-    for text in answer:
-        # Letters that a later token completes are held back until they are whole.
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if whole and whole.startswith(shown):
-            print(whole[len(shown) :] if shown else f"{system}: {whole}", end="", flush=True)
-            shown = whole
+    for text in filter(None, answer):
+        print(text[len(shown) :] if shown else f"{system}: {text}", end="", flush=True)
+        shown = text
     print("" if shown else f"{system}: (says nothing)")

@@ -2,14 +2,14 @@
 
 A model is fine-tuned on conversations, but should only learn to write the *answers*: labels are
 -100 on everything else. The token that ends an answer is part of it: a model that is never taught
-to stop does not stop. What somebody says is text, never control. Nothing is skipped without a word.
+to stop does not stop. What somebody says is text, never control.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ ROW = (
     '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} or '
     '{"text": "### Human: … ### Assistant: …"}'
 )
+GUANACO = {"Human": "user", "Assistant": "assistant"}
 # The layout of the paper's training data (OASST1-Guanaco), for base models without a chat template.
 GUANACO_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -32,12 +33,7 @@ GUANACO_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
 
-
-class Message(TypedDict):
-    """One turn: who speaks, and what is said."""
-
-    role: str
-    content: str
+Message = dict[str, str]  # one turn: its "role" and its "content"
 
 
 class Conversation(list[Message]):
@@ -64,11 +60,9 @@ def require_counts(error: type[QloraError], **counts: Any) -> None:
 def read_conversations(source: str | Path, split: str = "train") -> list[Conversation]:
     """Read and check every conversation of a JSONL file, a folder of them, or a Hub data set.
 
-    A folder is read at `{split}.jsonl`; a row has the form of `ROW`. Rows with an empty answer are
-    left out, and turns after the last answer are cut off; both are counted and printed.
-
-    Raises:
-        DataError: the source cannot be read, or a row of it is no conversation with an answer.
+    A folder is read at `{split}.jsonl`. Rows with an empty answer are left out, and turns after the
+    last answer are cut off; both are counted and printed. Any other row that is no conversation
+    with an answer, in the form of `ROW`, is a `DataError`.
     """
     path = Path(source)
     if path.is_dir():
@@ -80,12 +74,12 @@ def read_conversations(source: str | Path, split: str = "train") -> list[Convers
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise DataError(f"{where}: the conversation has no assistant turn to learn from")
+        if not all(messages[i]["content"].strip() for i in answers):
+            empty.append(where)
+            continue
         if answers[-1] != len(messages) - 1:
             unanswered.append(where)
-        if all(messages[i]["content"].strip() for i in answers):
-            conversations.append(Conversation(messages[: answers[-1] + 1], where, row))
-        else:
-            empty.append(where)
+        conversations.append(Conversation(messages[: answers[-1] + 1], where, row))
     _warn(empty, "left out, because of an empty answer")
     _warn(unanswered, "cut after their last answer, because nobody answers the turns that follow")
     if not conversations:
@@ -99,8 +93,8 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> dict[str
     The tokenizer's own chat template writes the text. An answer's labels run up to and including
     the end token; `DataError` if the template does not end answers with it.
     """
-    where, end = getattr(messages, "where", "this conversation"), tokenizer.eos_token_id
-    ids = encode_messages(tokenizer, messages)
+    where = getattr(messages, "where", "this conversation")
+    ids = encode_messages(tokenizer, messages, where)
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -108,12 +102,11 @@ def encode_conversation(tokenizer: Any, messages: Sequence[Message]) -> dict[str
         prompt = encode_messages(tokenizer, messages[:i], where, add_generation_prompt=True)
         last = i == len(messages) - 1
         until = ids if last else encode_messages(tokenizer, messages[: i + 1], where)
-        answer = until[len(prompt) :]
+        answer, end = until[len(prompt) :], tokenizer.eos_token_id
         if until[: len(prompt)] != prompt or ids[: len(until)] != until or end not in answer:
             raise DataError(
-                f"{where}: the chat template must write turn {i + 1} the same way in training and "
-                f"when asked for an answer, and end it with {tokenizer.eos_token!r}, or the model "
-                "never learns to stop; use another, such as chat_template='guanaco'"
+                f"{where}: the chat template must write turn {i + 1} alike with and without its "
+                f"answer, and end it with {tokenizer.eos_token!r}; use chat_template='guanaco'"
             )
         # What a template writes after the end token (often a newline) is never asked of the model.
         stop = len(until) - answer[::-1].index(end)
@@ -127,40 +120,35 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_messages(
-    tokenizer: Any, messages: Sequence[Message], where: str | None = None, **options: bool
+    tokenizer: Any, messages: Sequence[Message], where: str = "this conversation", **options: bool
 ) -> list[int]:
     """Token ids of a whole conversation, as the tokenizer's template writes it; no labels."""
     from jinja2 import TemplateError
 
-    where = where or getattr(messages, "where", "this conversation")
     if not messages:
         raise DataError(f"{where}: the conversation begins with an answer; put its question before")
-    # The template writes control tokens as text. So those that somebody has typed are marked first,
-    # and spelt out afterwards: once the text is written nobody could tell them apart.
+    # The template writes control tokens as text. So each that somebody has typed is replaced by a
+    # character that nobody has, and spelt out once the text is written.
     said = "".join(message["content"] for message in messages)
-    typed = [token for token in _special_tokens(tokenizer) if token in said]
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
-    pattern = "|".join(map(re.escape, typed)) or "(?!)"  # nothing typed, no match
-    marked = [
-        {
-            **m,
-            "content": re.sub(pattern, lambda t: f"{mark}{typed.index(t[0])}{mark}", m["content"]),
-        }
-        for m in messages
-    ]
+    unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    typed = {next(unused): token for token in _special_tokens(tokenizer) if token in said}
+    marked = [dict(message) for message in messages]
+    for message in marked:
+        for mark, token in typed.items():
+            message["content"] = message["content"].replace(token, mark)
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, **options)
     except (TemplateError, ValueError) as error:  # or there is no template
         raise DataError(
-            f"{where}: the chat template refuses this conversation ({error}); change its turns, or "
-            "use chat_template='guanaco', which takes any"
+            f"{where}: the chat template refuses this conversation ({error}); use "
+            "chat_template='guanaco', which takes any"
         ) from error
-    ids, plain = [], {"add_special_tokens": False, "verbose": False}  # no warning of its length
-    for i, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
-        if i % 2 == 0:
-            ids += tokenizer(part, **plain)["input_ids"]
-        else:  # what stands between two marks is the number of a token
-            ids += encode_plain(tokenizer, typed[int(part)])
+    ids = []
+    for part in re.split(f"([{''.join(typed)}])", text) if typed else [text]:
+        if part in typed:
+            ids += encode_plain(tokenizer, typed[part])
+        else:  # without a warning of its length
+            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -168,13 +156,8 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """Token ids of text as text: a special token in it is spelt out, or it is a `DataError`."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = tokenizer(text, **options)["input_ids"]
-    control = set(_special_tokens(tokenizer).values()).intersection(ids)
-    if control:
-        names = tokenizer.convert_ids_to_tokens(sorted(control))
-        raise DataError(
-            f"the tokenizer of {tokenizer.name_or_path!r} reads {names} in {text[:40]!r} as "
-            "control, and cannot spell it out: take it out of the text"
-        )
+    if set(_special_tokens(tokenizer).values()).intersection(ids):
+        raise DataError(f"the tokenizer reads a part of {text[:40]!r} as control: take it out")
     return ids
 
 
@@ -187,10 +170,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """Encode many; count and print which answers `max_length` cuts short or away.
-
-    A row whose answers are cut away is left out; one cut inside an answer stays, without its end.
-    """
+    """Encode many; print which answers `max_length` cuts short, or away, and with them the row."""
     encoded, shortened, lost = [], [], []
     require_counts(DataError, max_length=max_length)
     for number, messages in enumerate(conversations, start=1):
@@ -217,11 +197,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     if not content.strip():
         raise DataError(f"{path} is empty; write one JSON object per line")
     for number, line in enumerate(content.split(b"\n"), start=1):
-        where = f"{path}:{number}"
         if line.strip():
-            with reading(where, DataError, "write one JSON object per line, in UTF-8"):
+            with reading(f"{path}:{number}", DataError, "write one JSON object per line, in UTF-8"):
                 row = json.loads(line.decode("utf-8-sig"))  # some editors put a mark before it
-            yield where, row
+            yield f"{path}:{number}", row
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -238,21 +217,16 @@ def messages_of(row: Any, where: str) -> list[Message]:
     """The turns of a row; `DataError` if it, or one of them, has another form than `ROW`."""
     fields = row if isinstance(row, dict) else {}
     turns: Any = fields.get("messages")
-    if turns is None and isinstance(fields.get("text"), str):
-        turns = _split_guanaco(fields["text"])
+    text = fields.get("text")
+    if turns is None and isinstance(text, str):
+        before, *pieces = re.split(r"### (Human|Assistant):", text)
+        if pieces and not before.strip():
+            said = zip(pieces[::2], pieces[1::2], strict=True)
+            turns = [{"role": GUANACO[who], "content": content.strip()} for who, content in said]
     wrong = [t for t in turns if not _is_message(t)] if isinstance(turns, list) else [row]
     if wrong:
         raise DataError(f"{where}: write {ROW}, and not {str(wrong[0])[:80]}")
     return turns
-
-
-def _split_guanaco(text: str) -> list[Message] | None:
-    before, *pieces = re.split(r"### (Human|Assistant):", text)
-    if before.strip() or not pieces:
-        return None
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [Message(role=roles[speaker], content=said.strip()) for speaker, said in turns]
 
 
 def _is_message(turn: Any) -> bool:

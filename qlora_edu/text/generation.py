@@ -1,8 +1,7 @@
 """How a model is made to speak, one token at a time. Support for chapter 10.
 
-A language model gives probabilities for the next token and nothing more. Everything else is done
-around it, and here by hand: choose a token, hand it back, stop at the end token, and stand several
-prompts in one batch so that none disturbs another.
+A language model gives probabilities for the next token. The rest is done here by hand: choose a
+token, hand it back, stop at the end token, and keep several prompts in one batch apart.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from qlora_edu.errors import GenerationError
 from qlora_edu.text.conversations import Message, encode_prompt, pad, require_counts
@@ -22,9 +22,7 @@ def next_token_probabilities(
 
     The logits are divided by `temperature`; 0 is *greedy*, all on the likeliest token. Then the
     **nucleus** is kept: the fewest of the likeliest tokens that together have at least `top_p`,
-    made to sum to 1. Of equally likely ones the first is kept.
-
-    Equals transformers' temperature and top-p warpers, but for ties, of which it keeps the last.
+    made to sum to 1. Of equally likely ones the first is kept (transformers keeps the last).
     Source: Holtzman and others, arXiv 1904.09751, section 3.1.
 
     >>> next_token_probabilities(torch.tensor([0.5, 0.3, 0.2]).log(), top_p=0.6)
@@ -32,8 +30,7 @@ def next_token_probabilities(
     """
     check_sampling(temperature, top_p)
     if temperature == 0:
-        likeliest = logits.argmax(dim=-1)
-        return torch.nn.functional.one_hot(likeliest, logits.shape[-1]).to(torch.float32)
+        return one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -45,7 +42,7 @@ def next_token_probabilities(
 
 
 def check_sampling(temperature: float, top_p: float, max_new_tokens: int = 1) -> None:
-    """Refuse a setting that means nothing, with a `GenerationError`."""
+    """Raise a `GenerationError` for a setting that means nothing."""
     require_counts(GenerationError, max_new_tokens=max_new_tokens)
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise GenerationError(
@@ -67,22 +64,19 @@ def generate_tokens(
     """Yield, step by step, the next token of each prompt; None for those that have had `end`.
 
     Prompts, lists of token ids, are padded on the *left*, the padding is masked, and positions are
-    counted from each prompt's own first token: so a prompt gets the same answer alone and in a
-    batch, but for the last bits of floats. `model` is one of transformers, in evaluation mode.
-
-    Raises:
-        GenerationError: for an empty prompt, one that fills all positions, or a bad setting.
+    counted from each prompt's own first token: alone and in a batch the answer is the same, but for
+    the last bits of floats. `model` is one of transformers, in evaluation mode. A prompt that is
+    empty or fills all positions, or a bad setting, is a `GenerationError`.
     """
     check_sampling(temperature, top_p, max_new_tokens)
     if not prompts or not all(map(len, prompts)):
         raise GenerationError("a prompt is empty; there is nothing to go on from")
     device, longest = next(model.parameters()).device, max(map(len, prompts))
-    # The room may run out before max_new_tokens do.
     room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens)
     if longest >= room:
         raise GenerationError(
-            f"the prompt has {longest:,} tokens, and the model knows {room:,} positions, its own "
-            "answer included; shorten the prompt, or begin a new conversation"
+            f"the prompt has {longest:,} tokens, and the model {room:,} positions for it and the "
+            "answer; shorten the prompt, or begin a new conversation"
         )
     generator = torch.Generator().manual_seed(seed)
     ids = pad(prompts, end, side="left").to(device)
@@ -90,14 +84,11 @@ def generate_tokens(
     going, kept = [True] * len(prompts), None
     for _ in range(min(max_new_tokens, room - longest)):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        masked = {"attention_mask": mask, "position_ids": positions}
-        out = model(input_ids=ids, **masked, past_key_values=kept, use_cache=True)
+        read = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = model(**read, past_key_values=kept, use_cache=True)
         kept = out.past_key_values
         chances = next_token_probabilities(out.logits[:, -1], temperature, top_p)
-        if temperature == 0:
-            ids = chances.argmax(dim=-1, keepdim=True)
-        else:
-            ids = torch.multinomial(chances.cpu(), 1, generator=generator).to(device)
+        ids = torch.multinomial(chances.cpu(), 1, generator=generator).to(device)
         tokens = ids.flatten().tolist()
         going = [g and token != end for g, token in zip(going, tokens, strict=True)]
         if not any(going):
@@ -109,10 +100,7 @@ def generate_tokens(
 def sample_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], **settings: Any
 ) -> list[str]:
-    """Answer conversations, all in one batch; `settings` are those of `generate_tokens`.
-
-    Greedily the same answers as `training.generate_answers`, which leaves the loop to transformers.
-    """
+    """Answer conversations, all in one batch; `settings` are those of `generate_tokens`."""
     encoded = [encode_prompt(tokenizer, messages) for messages in prompts]
     steps = list(generate_tokens(model, encoded, tokenizer.eos_token_id, **settings))
     answers = [[step[i] for step in steps if step[i] is not None] for i in range(len(encoded))]
@@ -122,11 +110,9 @@ def sample_answers(
 def stream_answer(
     model: Any, tokenizer: Any, messages: Sequence[Message], **settings: Any
 ) -> Iterator[str]:
-    """Yield the answer so far, longer at each step, as a chat window shows it.
-
-    One token is not always whole letters: the end may change when the next token has come.
-    """
+    """Yield the answer so far, longer at each step, in whole letters."""
     prompt, new = encode_prompt(tokenizer, messages), []
     for (token,) in generate_tokens(model, [prompt], tokenizer.eos_token_id, **settings):
         new.append(token)
-        yield tokenizer.decode(new, skip_special_tokens=True).strip()
+        text = tokenizer.decode(new, skip_special_tokens=True).strip()
+        yield text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a letter whose last byte is to come

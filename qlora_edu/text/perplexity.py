@@ -1,8 +1,8 @@
 """How surprised is a model, and how much more when rounded? Support for chapters 2, 3, 8 and 10.
 
 Perplexity is the exponential of the mean loss per token: a model of perplexity 8 hesitates, on
-average, as between 8 equally likely tokens. Differences between formats are small, so losses come
-back document by document: two formats that read the same documents can be compared in pairs.
+average, as between 8 equally likely tokens. Losses come back document by document, so that two
+formats can be compared in pairs.
 """
 
 import math
@@ -48,18 +48,15 @@ class Surprise(NamedTuple):
 def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list[list[int]]:
     """Read a JSONL file of `{"text": …}` or `{"messages": […]}` as token ids, at most `max_length`.
 
-    A text gets the begin and the end token around it, as far as the tokenizer has them; messages go
-    through the tokenizer's template. `DataError` names a line that cannot be used.
+    A text gets the begin and the end token around it, as far as the tokenizer has them.
     """
     require_counts(DataError, max_length=max_length)
-    begin, end = (
-        [] if token is None else [token]
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
     rows = []
     for where, document in read_jsonl(Path(path)):
         if isinstance(document, dict) and isinstance(document.get("text"), str):
-            ids = begin + encode_plain(tokenizer, document["text"]) + end
+            plain = encode_plain(tokenizer, document["text"])
+            around = [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
+            ids = [token for token in around if token is not None]
         else:
             ids = encode_messages(tokenizer, messages_of(document, where), where)
         rows.append(ids[:max_length])
@@ -73,12 +70,11 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
     Each has two tokens or more: the first is only read.
     """
     require_counts(DataError, batch_size=batch_size)
-    short = [number for number, row in enumerate(rows) if len(row) < 2]
-    if short:
-        raise DataError(f"document {short[0]} has no second token to be surprised at: leave it out")
+    tokens = torch.tensor([len(row) - 1 for row in rows])
+    if (tokens < 1).any():
+        raise DataError(f"document {tokens.argmin()} has no second token; leave it out")
     device = getattr(model, "device", "cpu")  # a plain function has none
     nats = torch.zeros(len(rows), dtype=torch.float64)
-    tokens = torch.tensor([len(row) - 1 for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
@@ -97,19 +93,15 @@ def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) ->
 def rounded_weights(
     model: nn.Module, round_trip: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
 ) -> Iterator[nn.Module]:
-    """Within the block, `model` computes with its weights quantised and read back by `round_trip`.
-
-    `names` says which parameters; by default `linear_weights`. Afterwards the old ones are back.
-    """
+    """Within the block, `model` computes with `linear_weights`, or `names`, after `round_trip`."""
     names = linear_weights(model) if names is None else names
-    chosen = [model.get_parameter(name) for name in names]
-    before = [parameter.data for parameter in chosen]
+    before = {parameter: parameter.data for parameter in map(model.get_parameter, names)}
     try:
-        for parameter in chosen:
-            parameter.data = round_trip(parameter.data).to(parameter.dtype)
+        for parameter, data in before.items():
+            parameter.data = round_trip(data).to(parameter.dtype)
         yield model
     finally:
-        for parameter, data in zip(chosen, before, strict=True):
+        for parameter, data in before.items():
             parameter.data = data
 
 

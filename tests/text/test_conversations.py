@@ -219,8 +219,8 @@ def test_the_papers_layout_serves_a_base_model_without_a_template(tokenizer):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}", "never learns to stop"),
-        ("{{ messages[-1]['content'] }}{{ eos_token }}", "must write turn 2 the same way"),
+        ("{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}", "end it with '<|end|>'"),
+        ("{{ messages[-1]['content'] }}{{ eos_token }}", "must write turn 2 alike"),
     ],
 )
 def test_a_template_that_hides_the_answer_is_refused(tokenizer, template, says):
@@ -280,7 +280,7 @@ def test_ids_are_those_of_the_tokenizers_own_template(tokenizer):
 
 def test_a_special_token_that_cannot_be_spelt_out_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: {"input_ids": [2]})
-    with pytest.raises(DataError, match=r"reads \['<\|end\|>'\] in 'a<\|end\|>' as control"):
+    with pytest.raises(DataError, match=r"reads a part of 'a<\|end\|>' as control"):
         encode_plain(tokenizer, "a<|end|>")
 
 
