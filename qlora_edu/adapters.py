@@ -1,9 +1,8 @@
 """Chapter 4: adapters in a model, where they are found, added, taken out and put in.
 
-An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors.
-`add_lora` makes room for them in a model, `adapter_tensors` takes them out, `load_adapters` puts
-others in: that is all of "swapping". They go by the names that PEFT gives them, so that each reads
-the other's. Nothing is half-loaded, and nothing that would change nothing or spoil everything.
+An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors, by
+the names that PEFT gives them. `add_lora` makes room for them in a model, `adapter_tensors` takes
+them out, `load_adapters` puts others in, whole or not at all: that is all of "swapping".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,8 @@ def find_linear_layers(
 ) -> list[str]:
     """Find the `nn.Linear` layers to adapt: all, or those whose name ends in a target.
 
-    Args:
-        target_modules: names, as a list or with commas between them; every one must be found. Or
-            "all-linear", which leaves out the output head, as PEFT does.
-        skip: endings of names that "all-linear" leaves out too.
-
-    Returns the full names, in the model's order.
+    The targets are a list, or one text with commas; every one must be found. "all-linear" leaves
+    out the output head, as PEFT does, and what ends in one of `skip`. Returns the full names.
 
     Raises `LoRAError` if a target, or any layer, is found nowhere, or is no plain `nn.Linear`.
 
@@ -82,10 +77,9 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
 ) -> list[str]:
-    """Freeze `model` and wrap its linear layers in `LoRALinear`.
+    """Freeze `model`, wrap linear layers in `LoRALinear`, and return their names.
 
-    `target_modules` is as for `find_linear_layers`. Returns the names of the layers; a model that
-    has adapters already is refused (`LoRAError`).
+    Raises `LoRAError` as `find_linear_layers`, and for a model that has adapters already.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
@@ -101,10 +95,10 @@ def add_lora(
 def add_houlsby(
     model: nn.Module, bottleneck: int, target_modules: str | Sequence[str] = ("o_proj", "down_proj")
 ) -> list[str]:
-    """Freeze `model` and put a `HoulsbyAdapter` behind the layers named.
+    """Freeze `model`, put a `HoulsbyAdapter` behind the layers named, and return their names.
 
-    `target_modules` should name the last layer of each block's attention and of its feed-forward
-    part, as the default does for Llama and its kin. Returns the names of the layers.
+    These are the last of each block's attention and of its feed-forward part; the default is
+    Llama's.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
@@ -206,10 +200,7 @@ def check_tensors(
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put what was adapted back in the place of every `LoRALinear` and `HoulsbyAdapter`.
-
-    The adapter is lost. A `QLoRALinear` stays: the weight that it was made from is gone.
-    """
+    """Take every adapter off; a `QLoRALinear` stays: what it was made from is gone."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | HoulsbyAdapter):
             replace_module(model, name, module.base)

@@ -18,7 +18,7 @@ from qlora_edu.errors import QuantizationError
 
 LEVELS = ("nf4", "fp4", "int4", "fp4-e2m1", "fp4-e3m0", "af4")
 
-MAGNITUDES = {
+MAGNITUDES = {  # the positive numbers of symmetric codebooks
     # Two's complement also has -8, but -8/7 lies outside [-1, 1], where no scaled weight falls.
     "int4": (1, 2, 3, 4, 5, 6, 7),
     # Two bits of exponent and one of mantissa: FP4 of the OCP Microscaling Formats (MX) v1.0.
@@ -26,7 +26,6 @@ MAGNITUDES = {
     # Three bits of exponent and no mantissa.
     "fp4-e3m0": (0.25, 0.5, 1, 2, 4, 8, 16),
 }
-"""The positive numbers of codebooks that are symmetric; see `mirrored_levels`."""
 
 
 def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
@@ -107,7 +106,6 @@ def af4_levels(blocksize: int = 64) -> Tensor:
 
 
 def _cell_medians(n: int, grid: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
-    """Move n levels on (0, 1], the last pinned at 1, to the medians of their cells."""
     levels = np.arange(1, n + 1) / n
     for _ in range(2000):
         edges = np.concatenate([[0.0], (levels[:-1] + levels[1:]) / 2])
@@ -125,9 +123,8 @@ def lloyd_max_levels(
 ) -> Tensor:
     """Fit levels of least mean *squared* error to samples: Lloyd's algorithm, in one dimension.
 
-    Two steps alternate: cut the line at the midpoints between levels, then move each level to the
-    mean of its cell. Starting from quantiles, the level nearest to each pinned value stays on it.
-    Scale weights by their block's absmax first. Returns ascending float32 `[n_levels]`.
+    Two steps alternate: cut the line at the midpoints between levels, then move each level, but for
+    one on each pinned value, to the mean of its cell. Returns ascending float32 `[n_levels]`.
 
     Source: Lloyd (1982), "Least squares quantization in PCM"; Max (1960).
 
@@ -192,8 +189,8 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
 def assign(x: Tensor, levels: Tensor) -> Tensor:
     """Give each number the code of its nearest level; a tie goes to the lower level.
 
-    The code is the number of midpoints between levels that are below x: a binary search, and no
-    table of distances. Returns uint8, in the shape of `x`; `levels` is in the order of its codes.
+    The code is the number of midpoints between levels that are below x: a binary search. Returns
+    uint8, in the shape of `x`.
 
     >>> assign(torch.tensor([-1.0, 0.5, 0.6, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0, 1, 2, 2], dtype=torch.uint8)
@@ -226,8 +223,8 @@ def entropy_bits(usage: Tensor) -> float:
 def affine_int4(weights: Tensor, blocksize: int) -> Tensor:
     """Round each block to 16 even steps from its smallest to its largest weight, and read back.
 
-    Two constants per block, the smallest weight and the step, in 16 bits each: together the 32 bits
-    of one absmax. A block whose weights are all equal has a step of 0 and comes back as NaN.
+    Its two constants, the smallest weight and the step, take 16 bits each, together as many as an
+    absmax. A block of equal weights has a step of 0 and comes back as NaN.
 
     >>> affine_int4(torch.tensor([-1.0, 0.1, 0.72, 2.75]), 4)
     tensor([-1.0000,  0.0000,  0.7500,  2.7500])

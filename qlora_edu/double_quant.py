@@ -31,9 +31,7 @@ def dynamic_map() -> Tensor:
 
     Seven decades run from 1e-7 to 1, and each is cut into twice as many equal steps as the one
     below: 1, 2, 4, ..., 64. The centres of the steps, with both signs, make 254 levels; 0 and 1
-    complete them. Small numbers get range, large ones precision. There is no -1.
-
-    Returns ascending levels, float32, shape `[256]`.
+    complete them. There is no -1. Returns ascending levels, float32, shape `[256]`.
 
     Source: Dettmers (arXiv 1511.04561); equals bitsandbytes `create_dynamic_map()`.
 

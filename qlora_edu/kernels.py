@@ -40,7 +40,7 @@ def chunk_size(device: torch.device, chunks: int = 1, elsewhere: int = 2**26) ->
 
 
 def compiled_chunk_size(device: torch.device) -> int:
-    """Say how many weights compiled code gets at a time; a layer of a 7B is a whole chunk."""
+    """Say how many weights compiled code gets at a time: more, as it needs no temporaries."""
     return chunk_size(device, chunks=4, elsewhere=2**24)
 
 
@@ -50,8 +50,7 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Quantise as `blockwise.quantize_blockwise` does, in a few megabytes beside the result.
 
-    If `compiled`, whole chunks go through `torch.compile`, which needs a C++ compiler
-    (`NotReadyError`) and some seconds at the first call.
+    `compiled` needs a C++ compiler (`NotReadyError`) and some seconds at the first call.
     """
     if len(levels) > 16:
         raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
@@ -66,7 +65,6 @@ def quantize_blockwise(
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // blocksize), device=weight.device)
     in_blocks = n - n % blocksize
-    # Compiled code keeps its temporaries in registers and likes longer chunks.
     chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
     for start in range(0, in_blocks, chunk):
         stop = min(start + chunk, in_blocks)
@@ -84,7 +82,6 @@ def quantize_blockwise(
 
 
 def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise whole blocks, float32 `[blocks, blocksize]`, to ranks among the levels."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
     # Fifteen comparisons and a sum, which compile to vector instructions without branch or table.
@@ -151,7 +148,6 @@ def decode(
 
 @cache
 def _codes_in_bytes(device: torch.device) -> Tensor:
-    """List the two codes of each of the 256 bytes, one after the other."""
     return unpack_nibbles(torch.arange(256, dtype=torch.uint8), 512).int().to(device)
 
 
@@ -178,10 +174,7 @@ def row_chunks(quantized: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
 
 
 class FusedProduct(torch.autograd.Function):
-    """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definition makes a new tensor.
-
-    The twin of `qlora.FrozenProduct` and `LoRALayer.low_rank_update` together.
-    """
+    """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definitions make new tensors."""
 
     @staticmethod
     def forward(
@@ -224,7 +217,7 @@ class FusedProduct(torch.autograd.Function):
 
 @dataclass
 class PagingCounters:
-    """What paging has cost: each use of a page is a hit, prefetched (sent for early) or a fault."""
+    """What paging has cost: each use of a page is a hit, prefetched or a fault."""
 
     hits: int = 0
     prefetched: int = 0
@@ -246,8 +239,8 @@ class PageEvent(NamedTuple):
 class PrefetchingPagedAdamW(PagedAdamW):
     """Chapter 7's `PagedAdamW`, which fetches the next page while the current one is computed.
 
-    Copies run beside the computing, on a thread or a CUDA stream, and only pages that have changed
-    are written back. It takes what `PagedAdamW` takes, and has the same results to the bit.
+    Copies run on a thread or a CUDA stream, and only changed pages are written back. The results
+    are the same to the bit.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000))
     >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)
@@ -280,7 +273,7 @@ class PrefetchingPagedAdamW(PagedAdamW):
         early = False  # was this page sent for while the one before it was computed?
         for number, following in zip(sweep, [*sweep[1:], None], strict=True):
             frame = self._fetch(number, "prefetched" if early else None)
-            early = self.prefetch and following is not None and following not in self.table
+            early = self.prefetch and following is not None and following not in self.table.frame_of
             if early:
                 self._fetch(following, "prefetch")
             self._copier.wait(self._pending[frame])
@@ -288,7 +281,6 @@ class PrefetchingPagedAdamW(PagedAdamW):
             yield self._view(number, frame)
 
     def _fetch(self, number: int, what: str | None) -> int:
-        """Have a page in a frame, or on its way there; returns the frame."""
         frame, fault, evicted = self.table.access(number)
         if fault:
             # One copier does both in this order, so the page is saved before it is overwritten.
@@ -306,7 +298,6 @@ class PrefetchingPagedAdamW(PagedAdamW):
         return frame
 
     def _write_back(self, places: Iterable[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        """The copies that save those pages, of some in frames, that were changed there."""
         dirty = [(number, frame) for number, frame in places if number in self._dirty]
         moves = [(self.pages[number].host, self._view(number, frame)) for number, frame in dirty]
         self._dirty.difference_update(number for number, _ in dirty)
@@ -316,5 +307,5 @@ class PrefetchingPagedAdamW(PagedAdamW):
     def flush(self) -> None:
         """Write every changed page back, and wait for it; the frames keep what they hold."""
         if self.frames:
-            places = [(number, self.table.frame_of(number)) for number in self.table.resident]
-            self._copier.finish(self._copier.start(self._write_back(places)))
+            moves = self._write_back(self.table.frame_of.items())
+            self._copier.finish(self._copier.start(moves))

@@ -45,14 +45,7 @@ def energy_kept(singular_values: Tensor) -> Tensor:
 class LoRALayer(nn.Module):
     """The adapter itself, `x -> (α/r) · B · A · dropout(x)`; the layers that use it add a base.
 
-    `lora_A` is `[r, in_features]`, `lora_B` is `[out_features, r]`, both of `dtype` on `device`.
-
-    Args:
-        r: the rank. One above `min(in, out)` adds parameters and no freedom.
-        lora_alpha: α; the product is scaled by `α/r`.
-        lora_dropout: the probability that an entry of the adapter's input is dropped in training.
-
-    Raises `LoRAError` for a setting that is out of range.
+    `lora_A` is `[r, in]`, `lora_B` is `[out, r]`. Raises `LoRAError` for a setting out of range.
     """
 
     def __init__(
@@ -67,9 +60,8 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        numbers = isinstance(lora_alpha, int | float) and isinstance(lora_dropout, int | float)
         whole = type(r) is int and r >= 1
-        if not (whole and numbers and 0 < lora_alpha < math.inf and 0 <= lora_dropout < 1):
+        if not (whole and 0 < lora_alpha < math.inf and 0 <= lora_dropout < 1):
             raise LoRAError(
                 "the rank r must be a whole number of at least 1, lora_alpha positive and finite, "
                 f"lora_dropout in [0, 1); not {r=}, {lora_alpha=}, {lora_dropout=}"

@@ -1,8 +1,8 @@
 """Chapter 5: QLoRA, which trains a LoRA adapter beside a weight that stays in 4 bits.
 
 The forward pass unpacks the frozen weight, multiplies, and throws the unpacked copy away. The
-backward pass needs the weight once more, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again. `W`
-gets no gradient: what is learned are the `A` and `B` of chapter 4, in float32.
+backward pass needs it too, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again. `W` gets no gradient:
+what is learned are the `A` and `B` of chapter 4, in float32.
 
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6.
 """
@@ -82,15 +82,9 @@ def quantized_linear(
 class QLoRALinear(LoRALayer):
     """A frozen 4-bit linear layer with a trainable low-rank change beside it.
 
-    `weight` is a `QuantizedTensor` `[out, in]`. Its tensors are buffers too, so that they move with
-    `.to(device)`, though `.half()` and the like leave them as they are. The adapter is float32. The
-    state dict holds the weight under the keys of bitsandbytes; each can load the other's.
-
-    Args:
-        linear: an `nn.Linear`, which is quantised here by `quantize(weight, **quantization)` and
-            left as it is; or a weight that is quantised already, with its `bias`.
-        r, lora_alpha, lora_dropout: as for `LoRALinear`.
-        compute_dtype: as for `quantized_linear`.
+    Takes an `nn.Linear`, whose weight is quantised by `quantize(weight, **quantization)`, or a
+    `QuantizedTensor` `[out, in]` and its `bias`. The adapter is float32. `.half()` and the like
+    leave the weight as it is. Its keys in the state dict are those of bitsandbytes.
 
     Raises `LoRAError`, or `QuantizationError` if the weight cannot be quantised.
 
@@ -157,7 +151,7 @@ class QLoRALinear(LoRALayer):
         return merged
 
     def extra_repr(self) -> str:
-        """Shapes and settings, shown when the layer is printed."""
+        """What `print` shows of the layer."""
         return f"{super().extra_repr()}, compute_dtype={self.compute_dtype}, weight={self.weight}"
 
     def _hold(self, weight: QuantizedTensor) -> None:

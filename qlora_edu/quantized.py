@@ -24,8 +24,7 @@ from qlora_edu.errors import QuantizationError
 class QuantizedTensor:
     """A tensor held in 4 bits per value; `quantize` makes one.
 
-    It is no `torch.Tensor`, but `shape`, `numel()`, `dtype`, `device` and `to(device)` mean what
-    they mean there. The best file for it is a safetensors file of `state_dict()`.
+    What is named as in `torch.Tensor` means the same. Save its `state_dict()` as safetensors.
     """
 
     packed: Tensor  # uint8 `[ceil(n / 2), 1]`: two codes per byte, the first in the high nibble
@@ -59,13 +58,9 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and of the constants of the blocks.
-
-        The codebooks and the offset do not count: they are the same few bytes for any tensor.
-        """
-        tensors = self.tensors()
-        counted = tensors.keys() - {"levels", "absmax_levels", "absmax_offset"}
-        return sum(tensors[name].nbytes for name in counted)
+        """Bytes of the codes and of the constants of the blocks."""
+        same_for_all = {"levels", "absmax_levels", "absmax_offset"}
+        return sum(t.nbytes for name, t in self.tensors().items() if name not in same_for_all)
 
     @property
     def bits_per_weight(self) -> float:
@@ -183,7 +178,6 @@ class QuantizedTensor:
         return quantized
 
     def _check(self) -> None:
-        """Compare what is held with what the shape and the block size ask for."""
         check_blocksize(self.blocksize)
         n, n_levels = self.numel(), len(get_levels(self.levels))
         blocks = -(-n // self.blocksize)
@@ -216,14 +210,9 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise a tensor to 4 bits per weight.
 
-    Args:
-        weight: any shape, one of `DTYPES`, finite.
-        levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
-        blocksize: weights that share one absmax; one of `BLOCKSIZES`.
-        double_quant: whether to write the absmax in 8 bits.
-        compiled: many times faster, after some seconds of compiling.
-
-    Raises `QuantizationError`; `NotReadyError` if `compiled` and there is no compiler.
+    Takes a finite weight in one of `DTYPES`, of any shape; levels as `get_levels` takes them; one
+    of `BLOCKSIZES`. `double_quant` writes the absmax in 8 bits; `compiled` is many times faster,
+    after some seconds. Raises `QuantizationError`; `NotReadyError` if there is no compiler.
 
     Source: QLoRA (arXiv 2305.14314) section 3; for "nf4" and "fp4" equals bitsandbytes
     `quantize_4bit(..., compress_statistics=double_quant)` on a CPU, to the byte.

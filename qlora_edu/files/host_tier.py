@@ -90,7 +90,7 @@ class HostTierAdamW(torch.optim.AdamW):
         try:
             check_options(self.param_groups[-1])
             parameters = self.param_groups[-1]["params"]
-            check_parameters(parameters, self._device)
+            check_parameters(parameters, self._device, self._host_states)
             host_states = reserve_states(parameters, self.folder)
             self._admit(host_states)
         except BaseException:
@@ -219,36 +219,33 @@ def check_options(group: dict[str, Any]) -> None:
         raise PagingError(f"PagedAdamW cannot do {wrong}: {wanted}")
 
 
-def check_parameters(parameters: list[Tensor], device: torch.device | None) -> None:
-    """Refuse parameters that cannot be paged; `device` is that of earlier groups."""
+def check_parameters(
+    parameters: list[Tensor], device: torch.device | None, host_states: dict[Tensor, Tensor]
+) -> None:
+    """Refuse parameters, new or with states, that cannot be paged, or whose gradients cannot."""
     for p in parameters:
-        device = device or p.device
-        dense = p.dtype in DTYPES and p.layout == torch.strided
-        in_reach = p.device == device and device.type in ("cpu", "cuda")
-        if not (dense and in_reach and p.requires_grad):
+        device, states, gradient = device or p.device, host_states.get(p), p.grad
+        if states is None:
+            fits = p.requires_grad and p.dtype in DTYPES and device.type in ("cpu", "cuda")
+        else:
+            fits = (p.dtype, p.numel()) == (states.dtype, states.shape[1])
+        for tensor in (p,) if gradient is None else (p, gradient):
+            fits &= (tensor.dtype, tensor.layout) == (p.dtype, torch.strided)
+            fits &= tensor.device == device
+        if not fits:
             found = f"{p.dtype}, {p.layout}, on {p.device}, requires_grad={p.requires_grad}"
             wanted = f"dense floats that are trained, all on {device}, which is a CPU or a GPU"
-            raise PagingError(f"a parameter {tuple(p.shape)} is {found}; pass {wanted}")
-
-
-def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> None:
-    """Refuse a parameter or gradient that has changed its dtype, size or device, or is sparse."""
-    gradient = parameter.grad
-    found = (parameter.dtype, parameter.numel(), parameter.device, gradient.dtype, gradient.layout)
-    wanted = (states.dtype, states.shape[1], device, states.dtype, torch.strided)
-    if found != wanted:
-        remedy = "convert a model before you make its optimizer, and keep gradients dense"
-        raise PagingError(f"a parameter and its gradient are {found}, not {wanted}: {remedy}")
+            remedy = "convert a model before you make its optimizer, and keep gradients dense"
+            raise PagingError(f"a parameter {tuple(p.shape)} is {found}; pass {wanted}: {remedy}")
 
 
 def match_state_dict(
     state_dict: dict[str, Any], own_groups: Iterable[dict[str, Any]]
 ) -> dict[Any, Tensor]:
     """The parameter of every key of a state dict that fits these groups; else a `PagingError`."""
-    saved, own = (
-        [group["params"] for group in groups] for groups in (state_dict["param_groups"], own_groups)
-    )
-    sizes, own_sizes = ([len(params) for params in groups] for groups in (saved, own))
+    saved = [group["params"] for group in state_dict["param_groups"]]
+    own = [group["params"] for group in own_groups]
+    sizes, own_sizes = [len(params) for params in saved], [len(params) for params in own]
     if sizes != own_sizes:
         raise PagingError(f"groups of {sizes} parameters were saved, the optimizer has {own_sizes}")
     for group in state_dict["param_groups"]:
