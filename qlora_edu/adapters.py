@@ -63,10 +63,8 @@ def refuse_adapters(model: nn.Module) -> None:
         if isinstance(module, LoRALayer | HoulsbyAdapter) or hasattr(module, "get_delta_weight")
     ]
     if found:
-        raise LoRAError(
-            f"the model has {len(found)} adapted layers already ({_list(found)}): take them out by "
-            "remove_adapters(model), PEFT's by unload(), or load a model in 4 bits again"
-        )
+        remedy = "call remove_adapters(model), PEFT's unload(), or load a model in 4 bits again"
+        raise LoRAError(f"there are {len(found)} adapted layers already ({_list(found)}): {remedy}")
 
 
 def add_lora(
@@ -84,8 +82,6 @@ def add_lora(
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
     ['2']
-    >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['2.lora_A', '2.lora_B']
     """
     return _wrap(
         model, target_modules, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout)
@@ -97,14 +93,7 @@ def add_houlsby(
 ) -> list[str]:
     """Freeze `model`, put a `HoulsbyAdapter` behind the layers named, and return their names.
 
-    These are the last of each block's attention and of its feed-forward part; the default is
-    Llama's.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
-    ['2']
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
-    22
+    They are the last of each block's attention and feed-forward part; the default is Llama's.
     """
     return _wrap(model, target_modules, lambda linear: HoulsbyAdapter(linear, bottleneck))
 
@@ -153,8 +142,6 @@ def load_adapters(
 ) -> None:
     """Copy an adapter under PEFT's names into the adapted layers of `model`: all of it, or none.
 
-    Loading again swaps one adapter for another. `allow_untrained` takes one whose `B` are all zero.
-
     Raises `LoRAError` as `check_tensors` does, or if no layer is adapted, or one is merged.
     """
     layers, own = lora_layers(model), adapter_tensors(model)
@@ -171,9 +158,7 @@ def load_adapters(
 def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Refuse an adapter that is not whole, finite, trained, and made for the tensors `own`."""
-    if not tensors:
-        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
+    """Refuse an adapter that is not whole, finite, trained (`B` is not 0), and made for `own`."""
     faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
     for name, tensor in tensors.items():
         if name not in own:
@@ -186,10 +171,8 @@ def check_tensors(
         elif not tensor.isfinite().all():
             faults.append(f"{name} holds NaN or infinity")
     if faults:
-        raise LoRAError(
-            f"{len(faults)} tensors do not fit: {_list(faults)}. Use the base model, the target "
-            "modules and the rank that the adapter was trained with"
-        )
+        remedy = "use the base model, target modules and rank that the adapter was trained with"
+        raise LoRAError(f"{len(faults)} tensors do not fit: {_list(faults)}; {remedy}")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name
     ):

@@ -1,8 +1,8 @@
 """Chapter 3: quantising the constants.
 
-One float32 absmax for every 64 weights costs half a bit per weight. Double quantisation subtracts
-the mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32
-constant each: 4 + 32/64 = 4.5 bits per weight become 4 + 8/64 + 32/(64*256) = 4.127.
+Double quantisation subtracts the mean of all absmax and writes the differences in 8 bits, in blocks
+of 256 with a float32 constant each: 4 + 32/64 = 4.5 bits per weight become
+4 + 8/64 + 32/(64*256) = 4.127.
 """
 
 from functools import cache
@@ -49,9 +49,8 @@ def dynamic_map() -> Tensor:
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
     """Write block constants in 8 bits.
 
-    They are positive, so the signed map would waste half its levels: the mean goes first. What is
-    left is quantised like weights, in blocks of 256, each divided by its own largest magnitude.
-    Takes float32, shape `[blocks]`, finite.
+    They are positive, so the signed map would waste half its levels: the mean goes first. The rest
+    is quantised like weights, in blocks of 256. Takes float32, shape `[blocks]`, finite.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
     came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.

@@ -23,25 +23,18 @@ from qlora_edu.errors import NotReadyError, QuantizationError
 from qlora_edu.files.host_tier import StreamCopier, ThreadCopier
 from qlora_edu.paging import PagedAdamW
 
+# Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size.
 CHUNK = 2**18
-"""Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""
-
+# How many weights to work on at a time, a multiple of 4096; None: as many as suit the device.
 CHUNK_SIZE: ContextVar[int | None] = ContextVar("CHUNK_SIZE", default=None)
-"""How many weights to work on at a time, a multiple of 4096; None: as many as suit the device."""
-
+# Makes a context manager that is entered around each chunk that is unpacked.
 UNPACKING: ContextVar[Callable[[], Any]] = ContextVar("UNPACKING", default=nullcontext)
-"""Makes a context manager that is entered around each chunk that is unpacked."""
 
 
 def chunk_size(device: torch.device, chunks: int = 1, elsewhere: int = 2**26) -> int:
     """Say how many weights to work on at a time: some `CHUNK`s on a CPU, or `elsewhere`."""
     # Starting a call takes a GPU as long as computing with a million weights.
     return CHUNK_SIZE.get() or (chunks * CHUNK if device.type == "cpu" else elsewhere)
-
-
-def compiled_chunk_size(device: torch.device) -> int:
-    """Say how many weights compiled code gets at a time: more, as it needs no temporaries."""
-    return chunk_size(device, chunks=4, elsewhere=2**24)
 
 
 @torch.no_grad()  # torch.compile makes one version for each grad mode, and one is enough
@@ -65,7 +58,9 @@ def quantize_blockwise(
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // blocksize), device=weight.device)
     in_blocks = n - n % blocksize
-    chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
+    # Compiled code keeps its temporaries in registers; on a GPU a layer of a 7B is a whole chunk.
+    device = weight.device
+    chunk = chunk_size(device, chunks=4, elsewhere=2**24) if compiled else chunk_size(device)
     for start in range(0, in_blocks, chunk):
         stop = min(start + chunk, in_blocks)
         # Only whole chunks are compiled: the remainder would be compiled anew for every size.
@@ -132,8 +127,7 @@ def decode(
 ) -> Tensor:
     """Look the levels of packed codes up and multiply them by the absmax of their blocks.
 
-    Both levels of a byte travel as one 8-byte number: half the look-ups, and PyTorch's fast kind.
-    `out`, int64, is memory for the result, which is float32.
+    Both levels of a byte travel as one 8-byte number: half the look-ups. `out` is memory for them.
     """
     if len(levels) < 16:
         levels = F.pad(levels, (0, 16 - len(levels)))
@@ -231,7 +225,7 @@ class PageEvent(NamedTuple):
     """An entry of `PrefetchingPagedAdamW.trace`."""
 
     page: int
-    what: str  # "hit", "prefetched" or "fault", as counted; "prefetch": the page is sent for early
+    what: str  # "hit", "prefetched" or "fault", as counted; "prefetch": it is sent for early
     frame: int
     evicted: int | None
 
@@ -241,13 +235,6 @@ class PrefetchingPagedAdamW(PagedAdamW):
 
     Copies run on a thread or a CUDA stream, and only changed pages are written back. The results
     are the same to the bit.
-
-    >>> weight = torch.nn.Parameter(torch.ones(1000))
-    >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)
-    >>> weight.grad = torch.ones(1000)
-    >>> optimizer.step()
-    >>> optimizer.counters
-    PagingCounters(hits=0, prefetched=3, faults=1, evictions=2, bytes_in=8000, bytes_out=4096)
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, prefetch: bool = True, **settings: Any):

@@ -57,10 +57,10 @@ def quantized_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Multiply by a weight that is kept in 4 bits: `x · Wᵀ + bias`, with a gradient for `x`.
+    """Multiply x `[..., in]` by a weight in 4 bits: `x · Wᵀ + bias`, with a gradient for x.
 
-    Takes x `[..., in]`, W `[out, in]` and bias `[out]`; returns `[..., out]` in the dtype of x. The
-    product is computed in `compute_dtype`, by default that of x, under autocast in autocast's.
+    Returns `[..., out]` in the dtype of x. The product is computed in `compute_dtype`, by default
+    that of x, under autocast in autocast's.
 
     Source: equals `bitsandbytes.nn.Linear4bit`, but that one rounds the `W` of the backward pass to
     the dtype from before quantisation.
@@ -223,15 +223,13 @@ def replace_linear_layers(
 ) -> list[str]:
     """Freeze `model` and put a `QLoRALinear` in the place of its linear layers.
 
-    Takes `target_modules` and `skip` as `find_linear_layers`, so the output head stays as it is;
-    `FusedQLoRALinear` as the class, for speed; and settings of a layer, such as `blocksize`.
-    Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
+    Takes `target_modules` and `skip` as `find_linear_layers`; `FusedQLoRALinear` as the class, for
+    speed; and settings of a layer, such as `blocksize`. Returns the names of the layers. Raises
+    `LoRAError` for a model that has adapters already.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> replace_linear_layers(model, r=4, lora_alpha=8, skip=["2"])
     ['0']
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4·64 + 64·4
-    512
     """
     refuse_adapters(model)
     names = find_linear_layers(model, target_modules, skip)

@@ -104,12 +104,8 @@ class QuantizedTensor:
         return replace(self, packed=packed, levels=levels, constants=constants)
 
     def to(self, device: torch.device | str | int) -> Self:
-        """Copy to a device; raises `QuantizationError` for a dtype."""
-        if not isinstance(device, torch.device | str | int):
-            raise QuantizationError(
-                f"a QuantizedTensor is never converted, so not to {device}: use dequantize(dtype)"
-            )
-        return self.with_tensors({k: tensor.to(device) for k, tensor in self.tensors().items()})
+        """Copy to a device; for another dtype there is `dequantize(dtype)`."""
+        return self.with_tensors({k: t.to(device=device) for k, t in self.tensors().items()})
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """List every tensor by the key bitsandbytes gives it; that one reads "nf4" and "fp4" back.
@@ -145,10 +141,8 @@ class QuantizedTensor:
         start = f"{prefix}.quant_state.bitsandbytes__"
         keys = [key for key in state if key.startswith(start)]
         if len(keys) != 1:
-            raise QuantizationError(
-                f"found {len(keys)} keys {start}<levels> in the state dict, not one: check the "
-                f"prefix, and that {prefix!r} was saved after quantisation"
-            )
+            remedy = f"check the prefix, and that {prefix!r} was saved after quantisation"
+            raise QuantizationError(f"found {len(keys)} keys {start}<levels>, not one: {remedy}")
         try:
             metadata = json.loads(bytes(state[keys[0]].tolist()))
             constants: Any = state[f"{prefix}.absmax"].detach()
@@ -222,8 +216,7 @@ def quantize(
     """
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = getattr(weight, "dtype", type(weight).__name__)
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise QuantizationError(f"cannot quantise a {kind}: convert it to a tensor of {names}")
+        raise QuantizationError(f"cannot quantise a {kind}: convert it to a tensor of {DTYPES}")
     check_blocksize(blocksize)
     table = get_levels(levels, blocksize)
     packed, absmax = kernels.quantize_blockwise(weight, table, blocksize, compiled)
@@ -248,9 +241,7 @@ def quantize(
 def check_blocksize(blocksize: int) -> None:
     """Refuse, by `QuantizationError`, a block size that is not one of `BLOCKSIZES`."""
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise QuantizationError(
-            f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
-        )
+        raise QuantizationError(f"unsupported blocksize {blocksize!r}: use one of {BLOCKSIZES}")
 
 
 # So that torch.load(..., weights_only=True) reads what torch.save has written: no code comes along.

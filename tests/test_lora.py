@@ -283,7 +283,7 @@ def test_a_bad_rank_is_refused(r):
         LoRALinear(nn.Linear(4, 4), r, 1)
 
 
-@pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf, "32", None])
 def test_a_bad_alpha_is_refused(lora_alpha):
     with pytest.raises(LoRAError, match="lora_alpha"):
         LoRALinear(nn.Linear(4, 4), 1, lora_alpha)

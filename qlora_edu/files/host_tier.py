@@ -1,8 +1,4 @@
-"""Where the pages of chapter 7 wait, what copies them, and what can wait there at all.
-
-The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The checks refuse,
-before anything has changed, what a paged AdamW would have to ignore.
-"""
+"""Where the pages of chapter 7 wait, what copies them, and what is refused before that."""
 
 import mmap
 import os
@@ -42,7 +38,6 @@ def reserve_states(
 
 
 def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Tensor:
-    folder = tempfile.gettempdir() if folder is None else folder
     try:
         if pinned or nbytes == 0:
             return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
@@ -52,7 +47,8 @@ def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Ten
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         what = f"cannot reserve {nbytes:,} bytes for optimizer states"
-        where = "pinned memory: free some" if pinned else f"{folder}: pass another folder="
+        place = folder or tempfile.gettempdir()
+        where = "pinned memory: free some" if pinned else f"{place}: pass another folder="
         raise PagingError(f"{what} ({error}) in {where}") from error
 
 
@@ -69,8 +65,7 @@ def _fill(file: Any, nbytes: int) -> None:
 class HostTierAdamW(torch.optim.AdamW):
     """What `torch.optim.AdamW` is to the outside, with its states in the host tier.
 
-    A subclass says what new parameters need (`_admit`) and how a step brings states to the device;
-    its `flush` writes back what is there, and `_forget_frames` drops it.
+    A subclass has the `step`, and `_admit`, `flush` and `_forget_frames` for its frames.
     """
 
     def __init__(self, params: Any, folder: str | os.PathLike | None, **options: Any) -> None:
@@ -131,8 +126,7 @@ class HostTierAdamW(torch.optim.AdamW):
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
     def __getstate__(self) -> None:
-        remedy = "make another, and give it state_dict() with load_state_dict()"
-        raise PagingError(f"a PagedAdamW has states of its own, and cannot be copied: {remedy}")
+        raise PagingError("a PagedAdamW is not copied: make another, and load its state_dict()")
 
 
 # What copies them while something else is computed
@@ -177,7 +171,7 @@ class StreamCopier:
         frame.record_stream(self._stream)
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Start to copy those pairs; returns what `wait` takes."""
+        """Start to copy pairs of (destination, source); returns what `wait` takes."""
         # What is written back is computed first, and a frame is overwritten after its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -202,7 +196,7 @@ def check_budget(budget_bytes: int, page_bytes: int) -> None:
     """Refuse a budget that has no room for one page."""
     whole = isinstance(budget_bytes, int) and isinstance(page_bytes, int)
     if not whole or not 1 <= page_bytes <= budget_bytes:
-        wanted = "budget_bytes must have room for one page of page_bytes, both whole numbers"
+        wanted = "one page must fit in budget_bytes, both whole numbers"
         raise PagingError(f"{wanted}; not {budget_bytes=}, {page_bytes=}")
 
 
