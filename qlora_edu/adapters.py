@@ -1,9 +1,8 @@
 """Chapter 4: adapters in a model, where they are found, added, taken out and put in.
 
-An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors.
-`add_lora` makes room for them in a model, `adapter_tensors` takes them out, `load_adapters` puts
-others in: that is all of "swapping". They go by the names that PEFT gives them, so that each reads
-the other's. Nothing is half-loaded, and nothing that would change nothing or spoil everything.
+An adapter is nothing but the `A` and `B` of every adapted layer: a dictionary of small tensors, by
+the names that PEFT gives them. `add_lora` makes room for them in a model, `adapter_tensors` takes
+them out, `load_adapters` puts others in, whole or not at all: that is all of "swapping".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,8 @@ def find_linear_layers(
 ) -> list[str]:
     """Find the `nn.Linear` layers to adapt: all, or those whose name ends in a target.
 
-    Args:
-        target_modules: names, as a list or with commas between them; every one must be found. Or
-            "all-linear", which leaves out the output head, as PEFT does.
-        skip: endings of names that "all-linear" leaves out too.
-
-    Returns the full names, in the model's order.
+    The targets are a list, or one text with commas; every one must be found. "all-linear" leaves
+    out the output head, as PEFT does, and what ends in one of `skip`. Returns the full names.
 
     Raises `LoRAError` if a target, or any layer, is found nowhere, or is no plain `nn.Linear`.
 
@@ -68,10 +63,8 @@ def refuse_adapters(model: nn.Module) -> None:
         if isinstance(module, LoRALayer | HoulsbyAdapter) or hasattr(module, "get_delta_weight")
     ]
     if found:
-        raise LoRAError(
-            f"the model has {len(found)} adapted layers already ({_list(found)}): take them out by "
-            "remove_adapters(model), PEFT's by unload(), or load a model in 4 bits again"
-        )
+        remedy = "call remove_adapters(model), PEFT's unload(), or load a model in 4 bits again"
+        raise LoRAError(f"there are {len(found)} adapted layers already ({_list(found)}): {remedy}")
 
 
 def add_lora(
@@ -82,16 +75,13 @@ def add_lora(
     target_modules: str | Sequence[str] = "all-linear",
     lora_dropout: float = 0.0,
 ) -> list[str]:
-    """Freeze `model` and wrap its linear layers in `LoRALinear`.
+    """Freeze `model`, wrap linear layers in `LoRALinear`, and return their names.
 
-    `target_modules` is as for `find_linear_layers`. Returns the names of the layers; a model that
-    has adapters already is refused (`LoRAError`).
+    Raises `LoRAError` as `find_linear_layers`, and for a model that has adapters already.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> add_lora(model, r=2, lora_alpha=4, target_modules=["2"])
     ['2']
-    >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['2.lora_A', '2.lora_B']
     """
     return _wrap(
         model, target_modules, lambda linear: LoRALinear(linear, r, lora_alpha, lora_dropout)
@@ -101,16 +91,9 @@ def add_lora(
 def add_houlsby(
     model: nn.Module, bottleneck: int, target_modules: str | Sequence[str] = ("o_proj", "down_proj")
 ) -> list[str]:
-    """Freeze `model` and put a `HoulsbyAdapter` behind the layers named.
+    """Freeze `model`, put a `HoulsbyAdapter` behind the layers named, and return their names.
 
-    `target_modules` should name the last layer of each block's attention and of its feed-forward
-    part, as the default does for Llama and its kin. Returns the names of the layers.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> add_houlsby(model, bottleneck=4, target_modules=["2"])
-    ['2']
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 2·4·2 + 4 + 2
-    22
+    They are the last of each block's attention and feed-forward part; the default is Llama's.
     """
     return _wrap(model, target_modules, lambda linear: HoulsbyAdapter(linear, bottleneck))
 
@@ -159,8 +142,6 @@ def load_adapters(
 ) -> None:
     """Copy an adapter under PEFT's names into the adapted layers of `model`: all of it, or none.
 
-    Loading again swaps one adapter for another. `allow_untrained` takes one whose `B` are all zero.
-
     Raises `LoRAError` as `check_tensors` does, or if no layer is adapted, or one is merged.
     """
     layers, own = lora_layers(model), adapter_tensors(model)
@@ -177,9 +158,7 @@ def load_adapters(
 def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
-    """Refuse an adapter that is not whole, finite, trained, and made for the tensors `own`."""
-    if not tensors:
-        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
+    """Refuse an adapter that is not whole, finite, trained (`B` is not 0), and made for `own`."""
     faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
     for name, tensor in tensors.items():
         if name not in own:
@@ -192,10 +171,8 @@ def check_tensors(
         elif not tensor.isfinite().all():
             faults.append(f"{name} holds NaN or infinity")
     if faults:
-        raise LoRAError(
-            f"{len(faults)} tensors do not fit: {_list(faults)}. Use the base model, the target "
-            "modules and the rank that the adapter was trained with"
-        )
+        remedy = "use the base model, target modules and rank that the adapter was trained with"
+        raise LoRAError(f"{len(faults)} tensors do not fit: {_list(faults)}; {remedy}")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name
     ):
@@ -206,10 +183,7 @@ def check_tensors(
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put what was adapted back in the place of every `LoRALinear` and `HoulsbyAdapter`.
-
-    The adapter is lost. A `QLoRALinear` stays: the weight that it was made from is gone.
-    """
+    """Take every adapter off; a `QLoRALinear` stays: what it was made from is gone."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | HoulsbyAdapter):
             replace_module(model, name, module.base)

@@ -1,11 +1,9 @@
 """Chapter 2: blocks, absmax and nibbles.
 
-The levels of chapter 1 lie between -1 and 1; weights do not fill that range. So the tensor is read
-row by row and cut into blocks of, say, 64. The largest magnitude of a block, its *absmax*, is kept
-in float32, and the block divided by it fits the levels. One outlier then spoils one block and not
-the whole tensor. Each weight becomes a 4-bit code, a nibble, and two nibbles share a byte.
-
-What runs on real weights is `kernels`, equal to this definition in every byte.
+The levels of chapter 1 lie between -1 and 1. So the tensor is read row by row and cut into blocks
+of, say, 64, and each is divided by its largest magnitude, its *absmax*, which is kept in float32.
+One outlier then spoils one block and not the whole tensor. Each weight becomes a 4-bit code, a
+nibble, and two nibbles share a byte. `kernels` does the same to every byte, in less time.
 """
 
 import math
@@ -99,8 +97,7 @@ def dequantize_blockwise(
 ) -> Tensor:
     """Rebuild the weights: the level of each code times the absmax of its block.
 
-    Takes what `quantize_blockwise` returns; `shape` and `dtype` are those of the result. The
-    product is computed in float32 and then rounded.
+    The product is computed in float32, and then rounded to the `dtype` of the result.
 
     >>> packed, levels = torch.tensor([[1]], dtype=torch.uint8), torch.tensor([-1.0, 1.0])
     >>> dequantize_blockwise(packed, torch.tensor([2.0]), levels, 64, (2,), torch.float32)

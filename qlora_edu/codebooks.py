@@ -1,9 +1,8 @@
 """Chapter 1: sixteen levels out of the normal distribution.
 
-A 4-bit code can name sixteen numbers. A *codebook* says which: it is a table of levels between -1
-and 1, and quantising a number means writing down the index of the level nearest to it. Trained
-weights look like draws from a normal distribution, so NF4 takes its levels from the quantiles of
-that distribution: where weights are dense the levels are dense.
+A 4-bit code can name sixteen numbers. A *codebook* says which: a table of levels between -1 and 1.
+Quantising a number means writing down the index of the level nearest to it. Trained weights look
+like draws from a normal distribution, so NF4 takes its levels from the quantiles of that.
 """
 
 import math
@@ -18,7 +17,7 @@ from qlora_edu.errors import QuantizationError
 
 LEVELS = ("nf4", "fp4", "int4", "fp4-e2m1", "fp4-e3m0", "af4")
 
-MAGNITUDES = {
+MAGNITUDES = {  # the positive numbers of symmetric codebooks
     # Two's complement also has -8, but -8/7 lies outside [-1, 1], where no scaled weight falls.
     "int4": (1, 2, 3, 4, 5, 6, 7),
     # Two bits of exponent and one of mantissa: FP4 of the OCP Microscaling Formats (MX) v1.0.
@@ -26,26 +25,22 @@ MAGNITUDES = {
     # Three bits of exponent and no mantissa.
     "fp4-e3m0": (0.25, 0.5, 1, 2, 4, 8, 16),
 }
-"""The positive numbers of codebooks that are symmetric; see `mirrored_levels`."""
 
 
 def nf4_levels(bits: int = 4, offset: float = 0.9677083) -> Tensor:
     """Derive the NormalFloat levels from the quantiles of N(0, 1).
 
     Equally spaced probabilities run from `offset` down to one half: `2**(bits-1)` of them give the
-    positive levels and one fewer, mirrored, the negative ones, with an exact zero between. The
-    spacing is in float32: only so are all sixteen entries of the published table exact. Returns
-    ascending float32 `[2**bits]`.
+    positive levels and one fewer, mirrored, the negative ones, with an exact zero between. Only in
+    float32 are all entries of the published table exact. Returns ascending float32 `[2**bits]`.
 
     Source: QLoRA (arXiv 2305.14314) section 3; equals bitsandbytes `get_4bit_type("nf4")`.
 
     >>> nf4_levels()[[0, 7, 8, 15]].tolist()
     [-1.0, 0.0, 0.07958029955625534, 1.0]
     """
-    if not 2 <= bits <= 8:
-        raise QuantizationError(f"bits must be 2 to 8, got {bits}")
-    if not 0.5 < offset < 1:
-        raise QuantizationError(f"offset is a probability between 0.5 and 1, got {offset}")
+    if not (2 <= bits <= 8 and 0.5 < offset < 1):
+        raise QuantizationError(f"bits: 2 to 8, offset: between 0.5 and 1; not {bits}, {offset}")
     half = 2 ** (bits - 1)
     # Whatever the default dtype and device are now: the table must not depend on them.
     factory_kwargs = {"dtype": torch.float32, "device": "cpu"}
@@ -63,8 +58,6 @@ def normal_quantile(probability: Tensor) -> Tensor:
 def mirrored_levels(magnitudes: Sequence[float]) -> Tensor:
     """List ascending magnitudes, a zero and the negatives, divided by the largest: ascending.
 
-    Seven magnitudes make fifteen levels; the sixteenth code is unused, or a second zero.
-
     >>> mirrored_levels([1.0, 2.0])
     tensor([-1.0000, -0.5000,  0.0000,  0.5000,  1.0000])
     """
@@ -75,8 +68,7 @@ def mirrored_levels(magnitudes: Sequence[float]) -> Tensor:
 def fp4_levels() -> Tensor:
     """List the FP4 table of bitsandbytes in the order of its codes, which is not ascending.
 
-    It is E2M1 but for the subnormal: 0.0625 beside 12, where E2M1 has 1. Codes 0 and 8 are zeros.
-    Source: equals bitsandbytes `get_4bit_type("fp4")`.
+    It is E2M1 but for 0.0625 beside 12, where E2M1 has 1. Source: bitsandbytes `get_4bit_type`.
     """
     magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
     return torch.cat([magnitudes, -magnitudes]) / 12
@@ -85,9 +77,8 @@ def fp4_levels() -> Tensor:
 def af4_levels(blocksize: int = 64) -> Tensor:
     """Derive AbnormalFloat-4: the levels of least mean absolute error for blocks of this size.
 
-    What is quantised is a normal divided by the absmax of its block, and for least absolute error a
-    level is the *median* of its cell. That is solved for 8 levels on (0, 1] and, apart, for 7 on
-    [-1, 0), the outermost pinned; an exact zero joins afterwards. Returns ascending float32 `[16]`.
+    For least absolute error a level is the *median* of its cell. That is solved for 8 levels on
+    (0, 1] and 7 on [-1, 0), the outermost pinned; a zero joins them. Returns float32 `[16]`.
 
     Source: Yoshida (arXiv 2306.06965); equals the published tables to 1e-6.
 
@@ -107,7 +98,6 @@ def af4_levels(blocksize: int = 64) -> Tensor:
 
 
 def _cell_medians(n: int, grid: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
-    """Move n levels on (0, 1], the last pinned at 1, to the medians of their cells."""
     levels = np.arange(1, n + 1) / n
     for _ in range(2000):
         edges = np.concatenate([[0.0], (levels[:-1] + levels[1:]) / 2])
@@ -125,9 +115,8 @@ def lloyd_max_levels(
 ) -> Tensor:
     """Fit levels of least mean *squared* error to samples: Lloyd's algorithm, in one dimension.
 
-    Two steps alternate: cut the line at the midpoints between levels, then move each level to the
-    mean of its cell. Starting from quantiles, the level nearest to each pinned value stays on it.
-    Scale weights by their block's absmax first. Returns ascending float32 `[n_levels]`.
+    Two steps alternate: cut the line at the midpoints between levels, then move each level, but for
+    one on each pinned value, to the mean of its cell. Returns ascending float32 `[n_levels]`.
 
     Source: Lloyd (1982), "Least squares quantization in PCM"; Max (1960).
 
@@ -135,10 +124,8 @@ def lloyd_max_levels(
     tensor([-0.9000,  0.9000])
     """
     ascending = samples.detach().flatten().double().sort().values
-    if not len(ascending) or not ascending.isfinite().all():
-        raise QuantizationError("samples must be finite and at least one")
-    if n_levels < max(2, len(pinned)):
-        raise QuantizationError(f"{n_levels} level(s) cannot hold {len(pinned)} pinned ones")
+    if not (len(ascending) and ascending.isfinite().all() and n_levels >= max(2, len(pinned))):
+        raise QuantizationError("samples must be finite, n_levels at least 2 and one for each pin")
     middles = (torch.arange(n_levels, device=ascending.device) * 2 + 1) * len(ascending)
     levels = ascending[middles // (2 * n_levels)]
     free = torch.ones_like(levels, dtype=torch.bool)
@@ -179,9 +166,7 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
             )
         return table
     if levels not in LEVELS:
-        raise QuantizationError(
-            f"unknown levels {levels!r}: name one of {', '.join(LEVELS)}, or pass a tensor"
-        )
+        raise QuantizationError(f"unknown levels {levels!r}: give one of {LEVELS}, or a tensor")
     if levels in MAGNITUDES:
         return mirrored_levels(MAGNITUDES[levels])
     if levels == "af4":
@@ -192,8 +177,8 @@ def get_levels(levels: str | Tensor, blocksize: int = 64) -> Tensor:
 def assign(x: Tensor, levels: Tensor) -> Tensor:
     """Give each number the code of its nearest level; a tie goes to the lower level.
 
-    The code is the number of midpoints between levels that are below x: a binary search, and no
-    table of distances. Returns uint8, in the shape of `x`; `levels` is in the order of its codes.
+    The code is the number of midpoints between levels that are below x: a binary search. Returns
+    uint8, in the shape of `x`.
 
     >>> assign(torch.tensor([-1.0, 0.5, 0.6, 1.0]), torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0, 1, 2, 2], dtype=torch.uint8)
@@ -226,8 +211,8 @@ def entropy_bits(usage: Tensor) -> float:
 def affine_int4(weights: Tensor, blocksize: int) -> Tensor:
     """Round each block to 16 even steps from its smallest to its largest weight, and read back.
 
-    Two constants per block, the smallest weight and the step, in 16 bits each: together the 32 bits
-    of one absmax. A block whose weights are all equal has a step of 0 and comes back as NaN.
+    Its two constants, the smallest weight and the step, take 16 bits each, together as many as an
+    absmax. A block of equal weights has a step of 0 and comes back as NaN.
 
     >>> affine_int4(torch.tensor([-1.0, 0.1, 0.72, 2.75]), 4)
     tensor([-1.0000,  0.0000,  0.7500,  2.7500])

@@ -1,8 +1,8 @@
 """Chapter 3: quantising the constants.
 
-One float32 absmax for every 64 weights costs half a bit per weight. Double quantisation subtracts
-the mean of all absmax and writes the differences in 8 bits, in blocks of 256 with a float32
-constant each: 4 + 32/64 = 4.5 bits per weight become 4 + 8/64 + 32/(64*256) = 4.127.
+Double quantisation subtracts the mean of all absmax and writes the differences in 8 bits, in blocks
+of 256 with a float32 constant each: 4 + 32/64 = 4.5 bits per weight become
+4 + 8/64 + 32/(64*256) = 4.127.
 """
 
 from functools import cache
@@ -31,9 +31,7 @@ def dynamic_map() -> Tensor:
 
     Seven decades run from 1e-7 to 1, and each is cut into twice as many equal steps as the one
     below: 1, 2, 4, ..., 64. The centres of the steps, with both signs, make 254 levels; 0 and 1
-    complete them. Small numbers get range, large ones precision. There is no -1.
-
-    Returns ascending levels, float32, shape `[256]`.
+    complete them. There is no -1. Returns ascending levels, float32, shape `[256]`.
 
     Source: Dettmers (arXiv 1511.04561); equals bitsandbytes `create_dynamic_map()`.
 
@@ -51,9 +49,8 @@ def dynamic_map() -> Tensor:
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:
     """Write block constants in 8 bits.
 
-    They are positive, so the signed map would waste half its levels: the mean goes first. What is
-    left is quantised like weights, in blocks of 256, each divided by its own largest magnitude.
-    Takes float32, shape `[blocks]`, finite.
+    They are positive, so the signed map would waste half its levels: the mean goes first. The rest
+    is quantised like weights, in blocks of 256. Takes float32, shape `[blocks]`, finite.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Double Quantization", which says FP8; the code that
     came with it uses `dynamic_map`. Equals bitsandbytes `quantize_blockwise` on a CPU, to the byte.

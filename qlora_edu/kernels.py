@@ -23,14 +23,12 @@ from qlora_edu.errors import NotReadyError, QuantizationError
 from qlora_edu.files.host_tier import StreamCopier, ThreadCopier
 from qlora_edu.paging import PagedAdamW
 
+# Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size.
 CHUNK = 2**18
-"""Weights that a CPU works on at a time: few enough for its cache, and whole blocks of any size."""
-
+# How many weights to work on at a time, a multiple of 4096; None: as many as suit the device.
 CHUNK_SIZE: ContextVar[int | None] = ContextVar("CHUNK_SIZE", default=None)
-"""How many weights to work on at a time, a multiple of 4096; None: as many as suit the device."""
-
+# Makes a context manager that is entered around each chunk that is unpacked.
 UNPACKING: ContextVar[Callable[[], Any]] = ContextVar("UNPACKING", default=nullcontext)
-"""Makes a context manager that is entered around each chunk that is unpacked."""
 
 
 def chunk_size(device: torch.device, chunks: int = 1, elsewhere: int = 2**26) -> int:
@@ -39,19 +37,13 @@ def chunk_size(device: torch.device, chunks: int = 1, elsewhere: int = 2**26) ->
     return CHUNK_SIZE.get() or (chunks * CHUNK if device.type == "cpu" else elsewhere)
 
 
-def compiled_chunk_size(device: torch.device) -> int:
-    """Say how many weights compiled code gets at a time; a layer of a 7B is a whole chunk."""
-    return chunk_size(device, chunks=4, elsewhere=2**24)
-
-
 @torch.no_grad()  # torch.compile makes one version for each grad mode, and one is enough
 def quantize_blockwise(
     weight: Tensor, levels: Tensor, blocksize: int, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Quantise as `blockwise.quantize_blockwise` does, in a few megabytes beside the result.
 
-    If `compiled`, whole chunks go through `torch.compile`, which needs a C++ compiler
-    (`NotReadyError`) and some seconds at the first call.
+    `compiled` needs a C++ compiler (`NotReadyError`) and some seconds at the first call.
     """
     if len(levels) > 16:
         raise QuantizationError(f"a code has 4 bits, too few for {len(levels)} levels")
@@ -66,8 +58,9 @@ def quantize_blockwise(
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-n // blocksize), device=weight.device)
     in_blocks = n - n % blocksize
-    # Compiled code keeps its temporaries in registers and likes longer chunks.
-    chunk = (compiled_chunk_size if compiled else chunk_size)(weight.device)
+    # Compiled code keeps its temporaries in registers; on a GPU a layer of a 7B is a whole chunk.
+    device = weight.device
+    chunk = chunk_size(device, chunks=4, elsewhere=2**24) if compiled else chunk_size(device)
     for start in range(0, in_blocks, chunk):
         stop = min(start + chunk, in_blocks)
         # Only whole chunks are compiled: the remainder would be compiled anew for every size.
@@ -84,7 +77,6 @@ def quantize_blockwise(
 
 
 def _quantize_blocks(blocks: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise whole blocks, float32 `[blocks, blocksize]`, to ranks among the levels."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)
     # Fifteen comparisons and a sum, which compile to vector instructions without branch or table.
@@ -135,8 +127,7 @@ def decode(
 ) -> Tensor:
     """Look the levels of packed codes up and multiply them by the absmax of their blocks.
 
-    Both levels of a byte travel as one 8-byte number: half the look-ups, and PyTorch's fast kind.
-    `out`, int64, is memory for the result, which is float32.
+    Both levels of a byte travel as one 8-byte number: half the look-ups. `out` is memory for them.
     """
     if len(levels) < 16:
         levels = F.pad(levels, (0, 16 - len(levels)))
@@ -151,7 +142,6 @@ def decode(
 
 @cache
 def _codes_in_bytes(device: torch.device) -> Tensor:
-    """List the two codes of each of the 256 bytes, one after the other."""
     return unpack_nibbles(torch.arange(256, dtype=torch.uint8), 512).int().to(device)
 
 
@@ -178,10 +168,7 @@ def row_chunks(quantized: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
 
 
 class FusedProduct(torch.autograd.Function):
-    """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definition makes a new tensor.
-
-    The twin of `qlora.FrozenProduct` and `LoRALayer.low_rank_update` together.
-    """
+    """`y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ`, in place where the definitions make new tensors."""
 
     @staticmethod
     def forward(
@@ -224,7 +211,7 @@ class FusedProduct(torch.autograd.Function):
 
 @dataclass
 class PagingCounters:
-    """What paging has cost: each use of a page is a hit, prefetched (sent for early) or a fault."""
+    """What paging has cost: each use of a page is a hit, prefetched or a fault."""
 
     hits: int = 0
     prefetched: int = 0
@@ -238,7 +225,7 @@ class PageEvent(NamedTuple):
     """An entry of `PrefetchingPagedAdamW.trace`."""
 
     page: int
-    what: str  # "hit", "prefetched" or "fault", as counted; "prefetch": the page is sent for early
+    what: str  # "hit", "prefetched" or "fault", as counted; "prefetch": it is sent for early
     frame: int
     evicted: int | None
 
@@ -246,15 +233,8 @@ class PageEvent(NamedTuple):
 class PrefetchingPagedAdamW(PagedAdamW):
     """Chapter 7's `PagedAdamW`, which fetches the next page while the current one is computed.
 
-    Copies run beside the computing, on a thread or a CUDA stream, and only pages that have changed
-    are written back. It takes what `PagedAdamW` takes, and has the same results to the bit.
-
-    >>> weight = torch.nn.Parameter(torch.ones(1000))
-    >>> optimizer = PrefetchingPagedAdamW([weight], budget_bytes=4096, page_bytes=2048)
-    >>> weight.grad = torch.ones(1000)
-    >>> optimizer.step()
-    >>> optimizer.counters
-    PagingCounters(hits=0, prefetched=3, faults=1, evictions=2, bytes_in=8000, bytes_out=4096)
+    Copies run on a thread or a CUDA stream, and only changed pages are written back. The results
+    are the same to the bit.
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, prefetch: bool = True, **settings: Any):
@@ -280,7 +260,7 @@ class PrefetchingPagedAdamW(PagedAdamW):
         early = False  # was this page sent for while the one before it was computed?
         for number, following in zip(sweep, [*sweep[1:], None], strict=True):
             frame = self._fetch(number, "prefetched" if early else None)
-            early = self.prefetch and following is not None and following not in self.table
+            early = self.prefetch and following is not None and following not in self.table.frame_of
             if early:
                 self._fetch(following, "prefetch")
             self._copier.wait(self._pending[frame])
@@ -288,7 +268,6 @@ class PrefetchingPagedAdamW(PagedAdamW):
             yield self._view(number, frame)
 
     def _fetch(self, number: int, what: str | None) -> int:
-        """Have a page in a frame, or on its way there; returns the frame."""
         frame, fault, evicted = self.table.access(number)
         if fault:
             # One copier does both in this order, so the page is saved before it is overwritten.
@@ -306,7 +285,6 @@ class PrefetchingPagedAdamW(PagedAdamW):
         return frame
 
     def _write_back(self, places: Iterable[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        """The copies that save those pages, of some in frames, that were changed there."""
         dirty = [(number, frame) for number, frame in places if number in self._dirty]
         moves = [(self.pages[number].host, self._view(number, frame)) for number, frame in dirty]
         self._dirty.difference_update(number for number, _ in dirty)
@@ -316,5 +294,5 @@ class PrefetchingPagedAdamW(PagedAdamW):
     def flush(self) -> None:
         """Write every changed page back, and wait for it; the frames keep what they hold."""
         if self.frames:
-            places = [(number, self.table.frame_of(number)) for number in self.table.resident]
-            self._copier.finish(self._copier.start(self._write_back(places)))
+            moves = self._write_back(self.table.frame_of.items())
+            self._copier.finish(self._copier.start(moves))

@@ -2,8 +2,8 @@
 
 Fine-tuning turns a weight `W` into `W + ΔW`. LoRA bets that `ΔW` needs only a few directions, so it
 is written as the product of two thin matrices: `ΔW = (α/r) · B · A`, where `A` is `[r, in]`, `B` is
-`[out, r]` and the rank `r` is small. Only `A` and `B` are trained. `A` starts random and `B` at
-zero, so the adapted layer begins as exactly the layer it wraps.
+`[out, r]` and the rank `r` is small. Only they are trained. `A` starts random and `B` at zero, so
+the adapted layer begins as exactly the layer it wraps.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
 """
@@ -45,14 +45,7 @@ def energy_kept(singular_values: Tensor) -> Tensor:
 class LoRALayer(nn.Module):
     """The adapter itself, `x -> (α/r) · B · A · dropout(x)`; the layers that use it add a base.
 
-    `lora_A` is `[r, in_features]`, `lora_B` is `[out_features, r]`, both of `dtype` on `device`.
-
-    Args:
-        r: the rank. One above `min(in, out)` adds parameters and no freedom.
-        lora_alpha: α; the product is scaled by `α/r`.
-        lora_dropout: the probability that an entry of the adapter's input is dropped in training.
-
-    Raises `LoRAError` for a setting that is out of range.
+    `lora_A` is `[r, in]`, `lora_B` is `[out, r]`. Raises `LoRAError` for a setting out of range.
     """
 
     def __init__(
@@ -111,9 +104,9 @@ class LoRALayer(nn.Module):
         # torch would load what fits and report the rest at the end; nothing here is half-loaded.
         for name, parameter in self.named_parameters():
             loaded = state_dict.get(prefix + name)
-            if loaded is None:
-                continue
-            if loaded.shape != parameter.shape or not loaded.isfinite().all():
+            if loaded is not None and not (
+                loaded.shape == parameter.shape and loaded.isfinite().all()
+            ):
                 raise LoRAError(
                     f"{prefix + name} has shape {tuple(loaded.shape)} in the state dict; this "
                     f"layer (r={self.r}) needs {tuple(parameter.shape)}, without NaN or infinity"
@@ -124,9 +117,8 @@ class LoRALayer(nn.Module):
 class LoRALinear(LoRALayer):
     """A frozen `nn.Linear` with a trainable low-rank change beside it: `base(x) + ΔW·x`.
 
-    `x` is `[..., in]` in the base's dtype, the output `[..., out]` in the same. `linear` is kept as
-    `base`, and frozen, bias included. The adapter is float32 or wider: a bfloat16 parameter would
-    lose most of its small steps to rounding.
+    `linear` is kept as `base`, and frozen. The adapter is float32 or wider: a bfloat16 parameter
+    would lose most of its small steps to rounding.
 
     Source: equals `peft.tuners.lora.Linear` with the same `A` and `B`.
 
@@ -135,8 +127,6 @@ class LoRALinear(LoRALayer):
     >>> x = torch.ones(5, 4)
     >>> torch.equal(layer(x), base(x))  # B is zero: nothing has changed yet
     True
-    >>> [name for name, p in layer.named_parameters() if p.requires_grad]
-    ['lora_A', 'lora_B']
     """
 
     unmerged_weight: Tensor | None
@@ -170,20 +160,15 @@ class LoRALinear(LoRALayer):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put `W + ΔW` into `base.weight`, rounded once to its dtype: no extra cost to infer.
+        """Put `W + ΔW`, rounded once, into `base.weight`; `A` and `B` then get no gradient.
 
         The old `W` is kept until `unmerge`, because `(W + ΔW) - ΔW` is not `W` in floating point.
-        `A` and `B` get no gradient while the layer is merged.
-
-        Raises `LoRAError` if merged already or not finite; `base.weight` is then unchanged.
         """
         if self.merged:
             raise LoRAError("the adapter is already merged; call unmerge() before merging again")
         merged = (self.base.weight + self.delta_weight()).to(self.base.weight.dtype)
         if not merged.isfinite().all():
-            raise LoRAError(
-                "merging would write NaN or infinity: look for them in lora_A, lora_B, base.weight"
-            )
+            raise LoRAError("merging would write NaN or infinity; look in lora_A, lora_B and base")
         self.unmerged_weight = self.base.weight.data
         self.base.weight.data = merged
 
@@ -211,17 +196,11 @@ def _save_the_unmerged_weight(
 class HoulsbyAdapter(nn.Module):
     """The older rival of LoRA: a small network *behind* a frozen layer, `h + U · gelu(D · h)`.
 
-    `h` is the output of `base`; `down` (`D`, `[bottleneck, out]`) and `up` (`U`,
-    `[out, bottleneck]`) are trained, both with a bias. `U` and its bias start at zero, so the layer
-    begins as its base. Between `D` and `U` lies a bend, so it cannot be merged into `base`.
+    `h` is the output of `base`; `D`, `down`, and `U`, `up`, are trained, both with a bias. `U`
+    starts at zero, so the layer begins as its base. Because of the bend between `D` and `U`, it
+    cannot be merged into `base`.
 
     Source: Houlsby et al. (arXiv 1902.00751), section 2.1 and figure 2.
-
-    >>> base = nn.Linear(4, 6)
-    >>> adapter = HoulsbyAdapter(base, bottleneck=2)
-    >>> x = torch.ones(5, 4)
-    >>> torch.equal(adapter(x), base(x))
-    True
     """
 
     def __init__(self, base: nn.Linear, bottleneck: int) -> None:

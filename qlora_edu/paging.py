@@ -19,8 +19,8 @@ from qlora_edu.files.host_tier import (
     OPTIONS,
     HostTierAdamW,
     check_budget,
-    check_gradient,
     check_options,
+    check_parameters,
 )
 
 
@@ -35,9 +35,7 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of AdamW, in place, on any slice of a parameter and of its two states.
-
-    All four tensors have one shape and dtype; `step` counts from 1.
+    """One step of AdamW, in place, on slices of one shape and dtype; `step` counts from 1.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the operations of
     `torch.optim.AdamW(foreach=False)`, so that rounding is the same.
@@ -80,31 +78,20 @@ class PageTable:
             raise PagingError(f"a page table needs at least one frame, not {frames}")
         self.frames = frames
         self.hits = self.faults = 0
-        self._frame_of: OrderedDict[int, int] = OrderedDict()
-
-    @property
-    def resident(self) -> list[int]:
-        """The pages in the frames, from least to most recently used."""
-        return list(self._frame_of)
-
-    def __contains__(self, page: int) -> bool:
-        return page in self._frame_of
-
-    def frame_of(self, page: int) -> int:
-        """The frame that holds a resident page; using it so does not count as an access."""
-        return self._frame_of[page]
+        # Of each page that is in a frame, from least to most recently used.
+        self.frame_of: OrderedDict[int, int] = OrderedDict()
 
     def access(self, page: int) -> Access:
         """Use a page: find its frame, or take a free one, or the one least recently used."""
-        if page in self._frame_of:
+        if page in self.frame_of:
             self.hits += 1
-            self._frame_of.move_to_end(page)
-            return Access(self._frame_of[page], False, None)
+            self.frame_of.move_to_end(page)
+            return Access(self.frame_of[page], False, None)
         self.faults += 1
-        evicted, frame = None, len(self._frame_of)
+        evicted, frame = None, len(self.frame_of)
         if frame == self.frames:
-            evicted, frame = self._frame_of.popitem(last=False)
-        self._frame_of[page] = frame
+            evicted, frame = self.frame_of.popitem(last=False)
+        self.frame_of[page] = frame
         return Access(frame, True, evicted)
 
 
@@ -133,19 +120,12 @@ def cut_into_pages(host_states: Tensor, page_bytes: int) -> list[Page]:
 class PagedAdamW(HostTierAdamW):
     """AdamW that keeps `budget_bytes` of its states at hand, and the rest where there is room.
 
-    The host tier is pinned memory for CUDA parameters, and a nameless temporary file for those of a
-    CPU. Besides the frames, a step takes scratch of half a page. Results equal
-    `torch.optim.AdamW(foreach=False)`, but for what torch itself does not keep between the body and
-    the tail of a tensor: the payload of a NaN, and for β₁ = 0 the sign of a zero in `exp_avg`.
+    The host tier is pinned memory beside a GPU, and a nameless file in `folder` beside a CPU. The
+    device tier has `budget_bytes // page_bytes` frames; a step takes scratch of half a page more.
+    Results equal `torch.optim.AdamW(foreach=False)`, but for what torch itself does not keep alike:
+    the payload of a NaN, and for β₁ = 0 the sign of a zero.
 
-    Args:
-        params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; floats on one device.
-        budget_bytes: of the device tier, which has `budget_bytes // page_bytes` frames.
-        page_bytes: moved at a time: both states of up to `page_bytes / 2` bytes of a parameter.
-        folder: where the file goes; by default where `tempfile` puts files.
-
-    Raises `PagingError`, with nothing changed, where the plain update would have to ignore
-    something, or there is no room.
+    Raises `PagingError`, with nothing changed, where something would be ignored or does not fit.
 
     Source: QLoRA (arXiv 2305.14314) section 3, "Paged Optimizers".
 
@@ -194,7 +174,7 @@ class PagedAdamW(HostTierAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update what has a gradient, page by page, or raise `PagingError` and change nothing."""
+        """Update what has a gradient, page by page; a `PagingError` changes nothing."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -202,15 +182,13 @@ class PagedAdamW(HostTierAdamW):
         for group in self.param_groups:
             check_options(group)
         active = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for _, parameter in active:
-            check_gradient(parameter, self._host_states[parameter], self._device)
+        check_parameters([p for _, p in active], self._device, self._host_states)
         visits = self._visit([number for _, p in active for number in self._pages_of[p]])
         for group, parameter in active:
             self._update(parameter, group, visits)
         return loss
 
     def _visit(self, sweep: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the states of each page of a sweep, `[2, elements]`, while it is in a frame."""
         for number in sweep:
             frame, fault, evicted = self.table.access(number)
             if evicted is not None:
@@ -240,9 +218,8 @@ class PagedAdamW(HostTierAdamW):
 
     def flush(self) -> None:
         """Write every page that is in a frame back; the frames keep what they hold."""
-        for number in self.table.resident:
-            self.pages[number].host.copy_(self._view(number, self.table.frame_of(number)))
+        for number, frame in self.table.frame_of.items():
+            self.pages[number].host.copy_(self._view(number, frame))
 
     def _forget_frames(self) -> None:
-        """Read every page anew: what the host tier holds has been replaced."""
         self.table = PageTable(self.table.frames)

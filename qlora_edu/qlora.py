@@ -1,8 +1,8 @@
 """Chapter 5: QLoRA, which trains a LoRA adapter beside a weight that stays in 4 bits.
 
 The forward pass unpacks the frozen weight, multiplies, and throws the unpacked copy away. The
-backward pass needs the weight once more, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again. `W`
-gets no gradient: what is learned are the `A` and `B` of chapter 4, in float32.
+backward pass needs it too, because `∂L/∂x = ∂L/∂y · W`, and unpacks it again. `W` gets no gradient:
+what is learned are the `A` and `B` of chapter 4, in float32.
 
 Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), equations 5 and 6.
 """
@@ -57,10 +57,10 @@ def quantized_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Multiply by a weight that is kept in 4 bits: `x · Wᵀ + bias`, with a gradient for `x`.
+    """Multiply x `[..., in]` by a weight in 4 bits: `x · Wᵀ + bias`, with a gradient for x.
 
-    Takes x `[..., in]`, W `[out, in]` and bias `[out]`; returns `[..., out]` in the dtype of x. The
-    product is computed in `compute_dtype`, by default that of x, under autocast in autocast's.
+    Returns `[..., out]` in the dtype of x. The product is computed in `compute_dtype`, by default
+    that of x, under autocast in autocast's.
 
     Source: equals `bitsandbytes.nn.Linear4bit`, but that one rounds the `W` of the backward pass to
     the dtype from before quantisation.
@@ -82,15 +82,9 @@ def quantized_linear(
 class QLoRALinear(LoRALayer):
     """A frozen 4-bit linear layer with a trainable low-rank change beside it.
 
-    `weight` is a `QuantizedTensor` `[out, in]`. Its tensors are buffers too, so that they move with
-    `.to(device)`, though `.half()` and the like leave them as they are. The adapter is float32. The
-    state dict holds the weight under the keys of bitsandbytes; each can load the other's.
-
-    Args:
-        linear: an `nn.Linear`, which is quantised here by `quantize(weight, **quantization)` and
-            left as it is; or a weight that is quantised already, with its `bias`.
-        r, lora_alpha, lora_dropout: as for `LoRALinear`.
-        compute_dtype: as for `quantized_linear`.
+    Takes an `nn.Linear`, whose weight is quantised by `quantize(weight, **quantization)`, or a
+    `QuantizedTensor` `[out, in]` and its `bias`. The adapter is float32. `.half()` and the like
+    leave the weight as it is. Its keys in the state dict are those of bitsandbytes.
 
     Raises `LoRAError`, or `QuantizationError` if the weight cannot be quantised.
 
@@ -157,7 +151,7 @@ class QLoRALinear(LoRALayer):
         return merged
 
     def extra_repr(self) -> str:
-        """Shapes and settings, shown when the layer is printed."""
+        """What `print` shows of the layer."""
         return f"{super().extra_repr()}, compute_dtype={self.compute_dtype}, weight={self.weight}"
 
     def _hold(self, weight: QuantizedTensor) -> None:
@@ -229,15 +223,13 @@ def replace_linear_layers(
 ) -> list[str]:
     """Freeze `model` and put a `QLoRALinear` in the place of its linear layers.
 
-    Takes `target_modules` and `skip` as `find_linear_layers`, so the output head stays as it is;
-    `FusedQLoRALinear` as the class, for speed; and settings of a layer, such as `blocksize`.
-    Returns the names of the layers. A model that has adapters already is refused (`LoRAError`).
+    Takes `target_modules` and `skip` as `find_linear_layers`; `FusedQLoRALinear` as the class, for
+    speed; and settings of a layer, such as `blocksize`. Returns the names of the layers. Raises
+    `LoRAError` for a model that has adapters already.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> replace_linear_layers(model, r=4, lora_alpha=8, skip=["2"])
     ['0']
-    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4·64 + 64·4
-    512
     """
     refuse_adapters(model)
     names = find_linear_layers(model, target_modules, skip)

@@ -24,8 +24,7 @@ from qlora_edu.errors import QuantizationError
 class QuantizedTensor:
     """A tensor held in 4 bits per value; `quantize` makes one.
 
-    It is no `torch.Tensor`, but `shape`, `numel()`, `dtype`, `device` and `to(device)` mean what
-    they mean there. The best file for it is a safetensors file of `state_dict()`.
+    What is named as in `torch.Tensor` means the same. Save its `state_dict()` as safetensors.
     """
 
     packed: Tensor  # uint8 `[ceil(n / 2), 1]`: two codes per byte, the first in the high nibble
@@ -59,13 +58,9 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and of the constants of the blocks.
-
-        The codebooks and the offset do not count: they are the same few bytes for any tensor.
-        """
-        tensors = self.tensors()
-        counted = tensors.keys() - {"levels", "absmax_levels", "absmax_offset"}
-        return sum(tensors[name].nbytes for name in counted)
+        """Bytes of the codes and of the constants of the blocks."""
+        same_for_all = {"levels", "absmax_levels", "absmax_offset"}
+        return sum(t.nbytes for name, t in self.tensors().items() if name not in same_for_all)
 
     @property
     def bits_per_weight(self) -> float:
@@ -109,12 +104,8 @@ class QuantizedTensor:
         return replace(self, packed=packed, levels=levels, constants=constants)
 
     def to(self, device: torch.device | str | int) -> Self:
-        """Copy to a device; raises `QuantizationError` for a dtype."""
-        if not isinstance(device, torch.device | str | int):
-            raise QuantizationError(
-                f"a QuantizedTensor is never converted, so not to {device}: use dequantize(dtype)"
-            )
-        return self.with_tensors({k: tensor.to(device) for k, tensor in self.tensors().items()})
+        """Copy to a device; for another dtype there is `dequantize(dtype)`."""
+        return self.with_tensors({k: t.to(device=device) for k, t in self.tensors().items()})
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
         """List every tensor by the key bitsandbytes gives it; that one reads "nf4" and "fp4" back.
@@ -150,10 +141,8 @@ class QuantizedTensor:
         start = f"{prefix}.quant_state.bitsandbytes__"
         keys = [key for key in state if key.startswith(start)]
         if len(keys) != 1:
-            raise QuantizationError(
-                f"found {len(keys)} keys {start}<levels> in the state dict, not one: check the "
-                f"prefix, and that {prefix!r} was saved after quantisation"
-            )
+            remedy = f"check the prefix, and that {prefix!r} was saved after quantisation"
+            raise QuantizationError(f"found {len(keys)} keys {start}<levels>, not one: {remedy}")
         try:
             metadata = json.loads(bytes(state[keys[0]].tolist()))
             constants: Any = state[f"{prefix}.absmax"].detach()
@@ -183,7 +172,6 @@ class QuantizedTensor:
         return quantized
 
     def _check(self) -> None:
-        """Compare what is held with what the shape and the block size ask for."""
         check_blocksize(self.blocksize)
         n, n_levels = self.numel(), len(get_levels(self.levels))
         blocks = -(-n // self.blocksize)
@@ -216,14 +204,9 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise a tensor to 4 bits per weight.
 
-    Args:
-        weight: any shape, one of `DTYPES`, finite.
-        levels: a name in `LEVELS`, or a tensor of 2 to 16 levels in [-1, 1].
-        blocksize: weights that share one absmax; one of `BLOCKSIZES`.
-        double_quant: whether to write the absmax in 8 bits.
-        compiled: many times faster, after some seconds of compiling.
-
-    Raises `QuantizationError`; `NotReadyError` if `compiled` and there is no compiler.
+    Takes a finite weight in one of `DTYPES`, of any shape; levels as `get_levels` takes them; one
+    of `BLOCKSIZES`. `double_quant` writes the absmax in 8 bits; `compiled` is many times faster,
+    after some seconds. Raises `QuantizationError`; `NotReadyError` if there is no compiler.
 
     Source: QLoRA (arXiv 2305.14314) section 3; for "nf4" and "fp4" equals bitsandbytes
     `quantize_4bit(..., compress_statistics=double_quant)` on a CPU, to the byte.
@@ -233,8 +216,7 @@ def quantize(
     """
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = getattr(weight, "dtype", type(weight).__name__)
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise QuantizationError(f"cannot quantise a {kind}: convert it to a tensor of {names}")
+        raise QuantizationError(f"cannot quantise a {kind}: convert it to a tensor of {DTYPES}")
     check_blocksize(blocksize)
     table = get_levels(levels, blocksize)
     packed, absmax = kernels.quantize_blockwise(weight, table, blocksize, compiled)
@@ -259,9 +241,7 @@ def quantize(
 def check_blocksize(blocksize: int) -> None:
     """Refuse, by `QuantizationError`, a block size that is not one of `BLOCKSIZES`."""
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise QuantizationError(
-            f"unsupported blocksize {blocksize!r}: use one of {', '.join(map(str, BLOCKSIZES))}"
-        )
+        raise QuantizationError(f"unsupported blocksize {blocksize!r}: use one of {BLOCKSIZES}")
 
 
 # So that torch.load(..., weights_only=True) reads what torch.save has written: no code comes along.

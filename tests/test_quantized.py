@@ -335,7 +335,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(bad, dtype):
     "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float64, torch.complex64]
 )
 def test_an_unsupported_dtype_is_refused_by_name(dtype):
-    with pytest.raises(QuantizationError, match=f"{dtype}.*float32, float16, bfloat16"):
+    with pytest.raises(QuantizationError, match=f"{dtype}.*float32, torch.float16, torch.bfloat16"):
         quantize(torch.ones(4).to(dtype))
 
 
@@ -364,10 +364,10 @@ def test_moving_to_a_device_moves_every_tensor(double_quant):
     assert torch.equal(quantized.to(device="cpu").dequantize(), quantized.dequantize())
 
 
-@pytest.mark.parametrize("other", [*DTYPES, torch.uint8, torch.ones(1), None])
+@pytest.mark.parametrize("other", [*DTYPES, torch.uint8, torch.ones(1)])
 def test_to_refuses_whatever_is_no_device(other):
     quantized = quantize(normal(64))
-    with pytest.raises(QuantizationError, match=r"never converted.*dequantize\(dtype\)"):
+    with pytest.raises(TypeError, match="device"):
         quantized.to(other)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu.card import Rows, seconds, without_paths
 from qlora_edu import QuantizedTensor, quantize
 from qlora_edu.blockwise import unpack_nibbles
-from qlora_edu.kernels import compiled_chunk_size
+from qlora_edu.kernels import chunk_size
 
 
 def differing(mine: Tensor, theirs: Tensor) -> dict[str, float]:
@@ -99,7 +99,7 @@ def bandwidth(small: bool, device: str) -> Rows:
         moved = weight.nbytes + mine.nbytes
 
         def compiled_quantize(weight: Tensor = weight) -> Tensor:
-            if weight.numel() < compiled_chunk_size(weight.device):
+            if weight.numel() < chunk_size(weight.device, chunks=4, elsewhere=2**24):
                 raise ValueError(f"{weight.numel():,} weights are less than a chunk: not compiled")
             return quantize(weight, double_quant=False, compiled=True).packed
 

@@ -1,8 +1,4 @@
-"""Where the pages of chapter 7 wait, what copies them, and what can wait there at all.
-
-The host tier is pinned memory beside a GPU, and a nameless file beside a CPU. The checks refuse,
-before anything has changed, what a paged AdamW would have to ignore.
-"""
+"""Where the pages of chapter 7 wait, what copies them, and what is refused before that."""
 
 import mmap
 import os
@@ -42,7 +38,6 @@ def reserve_states(
 
 
 def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Tensor:
-    folder = tempfile.gettempdir() if folder is None else folder
     try:
         if pinned or nbytes == 0:
             return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
@@ -52,7 +47,8 @@ def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Ten
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         what = f"cannot reserve {nbytes:,} bytes for optimizer states"
-        where = "pinned memory: free some" if pinned else f"{folder}: pass another folder="
+        place = folder or tempfile.gettempdir()
+        where = "pinned memory: free some" if pinned else f"{place}: pass another folder="
         raise PagingError(f"{what} ({error}) in {where}") from error
 
 
@@ -69,8 +65,7 @@ def _fill(file: Any, nbytes: int) -> None:
 class HostTierAdamW(torch.optim.AdamW):
     """What `torch.optim.AdamW` is to the outside, with its states in the host tier.
 
-    A subclass says what new parameters need (`_admit`) and how a step brings states to the device;
-    its `flush` writes back what is there, and `_forget_frames` drops it.
+    A subclass has the `step`, and `_admit`, `flush` and `_forget_frames` for its frames.
     """
 
     def __init__(self, params: Any, folder: str | os.PathLike | None, **options: Any) -> None:
@@ -90,7 +85,7 @@ class HostTierAdamW(torch.optim.AdamW):
         try:
             check_options(self.param_groups[-1])
             parameters = self.param_groups[-1]["params"]
-            check_parameters(parameters, self._device)
+            check_parameters(parameters, self._device, self._host_states)
             host_states = reserve_states(parameters, self.folder)
             self._admit(host_states)
         except BaseException:
@@ -131,8 +126,7 @@ class HostTierAdamW(torch.optim.AdamW):
         super().load_state_dict({"state": steps, "param_groups": state_dict["param_groups"]})
 
     def __getstate__(self) -> None:
-        remedy = "make another, and give it state_dict() with load_state_dict()"
-        raise PagingError(f"a PagedAdamW has states of its own, and cannot be copied: {remedy}")
+        raise PagingError("a PagedAdamW is not copied: make another, and load its state_dict()")
 
 
 # What copies them while something else is computed
@@ -177,7 +171,7 @@ class StreamCopier:
         frame.record_stream(self._stream)
 
     def start(self, moves: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Start to copy those pairs; returns what `wait` takes."""
+        """Start to copy pairs of (destination, source); returns what `wait` takes."""
         # What is written back is computed first, and a frame is overwritten after its last use.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -202,7 +196,7 @@ def check_budget(budget_bytes: int, page_bytes: int) -> None:
     """Refuse a budget that has no room for one page."""
     whole = isinstance(budget_bytes, int) and isinstance(page_bytes, int)
     if not whole or not 1 <= page_bytes <= budget_bytes:
-        wanted = "budget_bytes must have room for one page of page_bytes, both whole numbers"
+        wanted = "one page must fit in budget_bytes, both whole numbers"
         raise PagingError(f"{wanted}; not {budget_bytes=}, {page_bytes=}")
 
 
@@ -219,36 +213,33 @@ def check_options(group: dict[str, Any]) -> None:
         raise PagingError(f"PagedAdamW cannot do {wrong}: {wanted}")
 
 
-def check_parameters(parameters: list[Tensor], device: torch.device | None) -> None:
-    """Refuse parameters that cannot be paged; `device` is that of earlier groups."""
+def check_parameters(
+    parameters: list[Tensor], device: torch.device | None, host_states: dict[Tensor, Tensor]
+) -> None:
+    """Refuse parameters, new or with states, that cannot be paged, or whose gradients cannot."""
     for p in parameters:
-        device = device or p.device
-        dense = p.dtype in DTYPES and p.layout == torch.strided
-        in_reach = p.device == device and device.type in ("cpu", "cuda")
-        if not (dense and in_reach and p.requires_grad):
+        device, states, gradient = device or p.device, host_states.get(p), p.grad
+        if states is None:
+            fits = p.requires_grad and p.dtype in DTYPES and device.type in ("cpu", "cuda")
+        else:
+            fits = (p.dtype, p.numel()) == (states.dtype, states.shape[1])
+        for tensor in (p,) if gradient is None else (p, gradient):
+            fits &= (tensor.dtype, tensor.layout) == (p.dtype, torch.strided)
+            fits &= tensor.device == device
+        if not fits:
             found = f"{p.dtype}, {p.layout}, on {p.device}, requires_grad={p.requires_grad}"
             wanted = f"dense floats that are trained, all on {device}, which is a CPU or a GPU"
-            raise PagingError(f"a parameter {tuple(p.shape)} is {found}; pass {wanted}")
-
-
-def check_gradient(parameter: Tensor, states: Tensor, device: torch.device) -> None:
-    """Refuse a parameter or gradient that has changed its dtype, size or device, or is sparse."""
-    gradient = parameter.grad
-    found = (parameter.dtype, parameter.numel(), parameter.device, gradient.dtype, gradient.layout)
-    wanted = (states.dtype, states.shape[1], device, states.dtype, torch.strided)
-    if found != wanted:
-        remedy = "convert a model before you make its optimizer, and keep gradients dense"
-        raise PagingError(f"a parameter and its gradient are {found}, not {wanted}: {remedy}")
+            remedy = "convert a model before you make its optimizer, and keep gradients dense"
+            raise PagingError(f"a parameter {tuple(p.shape)} is {found}; pass {wanted}: {remedy}")
 
 
 def match_state_dict(
     state_dict: dict[str, Any], own_groups: Iterable[dict[str, Any]]
 ) -> dict[Any, Tensor]:
     """The parameter of every key of a state dict that fits these groups; else a `PagingError`."""
-    saved, own = (
-        [group["params"] for group in groups] for groups in (state_dict["param_groups"], own_groups)
-    )
-    sizes, own_sizes = ([len(params) for params in groups] for groups in (saved, own))
+    saved = [group["params"] for group in state_dict["param_groups"]]
+    own = [group["params"] for group in own_groups]
+    sizes, own_sizes = [len(params) for params in saved], [len(params) for params in own]
     if sizes != own_sizes:
         raise PagingError(f"groups of {sizes} parameters were saved, the optimizer has {own_sizes}")
     for group in state_dict["param_groups"]:

@@ -37,10 +37,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
 
     The folder is written whole or not at all, and names `base_model` for whoever loads it.
 
-    Raises:
-        LoRAError: there is no adapter, its layers differ in rank, alpha or dropout, or more than
-            the adapter is trained.
-        FileExistsError: the folder is there already.
+    Raises `LoRAError` for layers that differ in rank, alpha or dropout, and if there is none, or
+    more than the adapter is trained; `FileExistsError` if the folder is there already.
     """
     from safetensors.torch import save_file
 
@@ -79,9 +77,8 @@ def load_adapter(
     `model` gets the layers that the file has tensors for. Adapted layers that are there already, a
     `QLoRALinear` for example, must agree in rank and alpha.
 
-    Raises:
-        LoRAError: a file cannot be read, the adapter is of a kind that plain LoRA layers cannot
-            hold (DoRA, rsLoRA, ...), or `load_adapters` refuses it; the model is then as it was.
+    Raises `LoRAError`, and leaves the model as it was, if a file cannot be read, plain LoRA layers
+    cannot hold the adapter (DoRA, rsLoRA, ...), or `load_adapters` refuses it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,15 +99,13 @@ def load_adapter(
     layers = lora_layers(model)
     own = {(layer.r, layer.lora_alpha) for layer in layers.values()}
     if layers and list(own) != [(r, lora_alpha)]:
-        raise LoRAError(
-            f"the adapter has (r, lora_alpha) = {(r, lora_alpha)}, the layers of the model {own}: "
-            "the outputs would be scaled wrongly"
-        )
+        what = f"the adapter has (r, lora_alpha) = {(r, lora_alpha)}, the layers of the model {own}"
+        raise LoRAError(f"{what}: the outputs would be scaled wrongly")
     if not layers:
         names = [name.removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name]
         targets = [name.removesuffix(".lora_A.weight") for name in names]
-        lora_dropout = config.get("lora_dropout", 0.0)
-        add_lora(model, r, lora_alpha, target_modules=targets, lora_dropout=lora_dropout)
+        dropout = config.get("lora_dropout", 0.0)
+        add_lora(model, r, lora_alpha, target_modules=targets, lora_dropout=dropout)
     try:
         load_adapters(model, tensors, allow_untrained=allow_untrained)
     except LoRAError:

@@ -153,7 +153,7 @@ def test_the_replayed_trace_is_what_the_optimizer_counted(frames, prefetch):
     for event in trace:
         if event.what != "prefetched":
             assert table.access(event.page).evicted == event.evicted
-    assert sorted(page for page in state.holds if page is not None) == sorted(table.resident)
+    assert sorted(page for page in state.holds if page is not None) == sorted(table.frame_of)
     counts = state.counts
     assert counts["hits"] + counts["prefetched"] + counts["faults"] == len(uses)
     assert counts["KiB in"] == table.faults
