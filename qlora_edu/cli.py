@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from qlora_edu.errors import ConfigError, PlanError, QloraError
+from qlora_edu.errors import ConfigError, PlanError, QloraError, did_you_mean
 
 PLANNED = {  # what a setting of the planner means; the others mean what they mean in a fine-tune
     "method": "full, lora, qlora or houlsby",
@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:<9} {function.__doc__}")
         return 0
     from qlora_edu.course.doctor import quiet_known_noise
-    from qlora_edu.production.config import did_you_mean
 
     quiet_known_noise()
     try:
@@ -190,7 +189,6 @@ def _about(name: str, usage: str) -> dict[str, Any]:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse everything, `name=value` too; for a name that is none, suggest the nearest."""
-    from qlora_edu.production.config import did_you_mean
 
     found, rest = parser.parse_known_args(_spell_out(argv))
     if rest:

@@ -3,9 +3,8 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -42,11 +41,17 @@ def quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def rows_never_packed() -> AbstractContextManager:
+@contextmanager
+def rows_never_packed() -> Iterator[None]:
     """Let transformers 5 take every row for one text, without a look at its position ids.
 
     Tensors without memory have none to compare, and it would trace a mask that no real step makes.
     """
     from transformers import masking_utils
 
-    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda ids: None)
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks

@@ -3,9 +3,11 @@
 The second base of each is the built-in error that fits, for code that knows nothing of this course.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 class QloraError(Exception):
@@ -70,6 +72,13 @@ class DamagedFileError(CheckpointError):
 
 class NotReadyError(QloraError, RuntimeError):
     """This machine cannot run the course as it is; the message lists every fault and its fix."""
+
+
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest that there is, or all of them."""
+    names = list(names)
+    near = get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
-from qlora_edu.errors import DoesNotFitError, PlanError
+from qlora_edu.errors import DoesNotFitError, PlanError, did_you_mean
 from qlora_edu.files.host_tier import NEVER_PAGED
-from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration, nearest
+from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration
 from qlora_edu.planner import MODELS as MODELS
 from qlora_edu.planner.fake_step import StepSettings, trace_step
 from qlora_edu.planner.trace import KINDS, ROWS, StepTrace
@@ -245,7 +245,7 @@ def plan_memory(
     """
     known = ["batch_size", "max_length", "optim", *(one.name for one in fields(StepSettings))]
     for name in settings.keys() - known:
-        raise PlanError(f"no setting {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        raise PlanError(f"no setting {name!r}; {did_you_mean(name, known)}")
     step = StepSettings(method=method, **settings)
     plan = MemoryPlan(*configuration(model), step, batch_size, max_length, optim)
     _ = plan.trace  # what is wrong with the model is said now

@@ -211,8 +211,8 @@ def test_a_paged_optimizer_keeps_small_states_on_the_device():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("llama-8b",), r"'llama-8b' \(did you mean 'llama-.*neither a folder.*owner/name.*gpt2"),
-        (("llama-7b", "qlora", {"lenght": 9}), "'lenght' .did you mean 'max_length'"),
+        (("llama-8b",), r"'llama-8b' is neither a folder.*owner/name.*did you mean 'llama-"),
+        (("llama-7b", "qlora", {"lenght": 9}), "'lenght'; did you mean 'max_length'"),
         (("llama-7b", "qlora", {"x": 9}), "batch_size, max_length, optim, method, r, .*device"),
         (("llama-7b", "qlora", {"quant_type": "nf9"}), "quant_type must be one of"),
         (({"model_type": "bert"}, "full"), "a bert fills gaps"),

@@ -1,13 +1,11 @@
 """Which model a plan is for: by the name of a known shape, a folder, the Hub or a configuration."""
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qlora_edu.errors import ModelUnavailableError, PlanError
+from qlora_edu.errors import ModelUnavailableError, PlanError, did_you_mean
 
 LLAMA_SHAPES = {
     "7B": (4096, 32, 11008),
@@ -33,12 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
     "qwen2.5-0.5b": _llama(896, 24, 4864, vocab_size=151936, tie_word_embeddings=True, **_QWEN),
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The question whether another name was meant, if one is near."""
-    near = get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def configuration(model: Any) -> tuple[str, Any]:
@@ -67,8 +59,8 @@ def _read_configuration(name: str) -> Any:
     local = Path(name).exists()
     if not local and name.count("/") != 1:  # on the Hub a name has an owner
         raise PlanError(
-            f"{name!r}{nearest(name.lower(), MODELS)} is neither a folder with a config.json, "
-            f"nor a model on the Hub (owner/name), nor one of {', '.join(MODELS)}"
+            f"{name!r} is neither a folder with a config.json, nor a model on the Hub "
+            f"(owner/name), nor a known shape: {did_you_mean(name.lower(), MODELS)}"
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

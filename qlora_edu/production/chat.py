@@ -3,6 +3,7 @@
 Each message is answered by the system that is chosen, or by two, one after the other.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,8 @@ def load_chat(
 
 def converse(chat: Chat, systems: Sequence[str]) -> None:
     """The terminal's loop: read a line, answer or obey it, until /quit or the input ends."""
+    with contextlib.suppress(ImportError):  # arrow keys and a history, where there are any
+        import readline  # noqa: F401
     print(f"systems: {', '.join(chat.shelf.names)}; in use: {', '.join(systems)}; /help for help")
     print(f"Give a passage and ask about it, such as: {EXAMPLE}")
     while True:

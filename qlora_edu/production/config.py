@@ -7,15 +7,13 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023),
 """
 
 import contextlib
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from qlora_edu.errors import ConfigError, reading
+from qlora_edu.errors import ConfigError, did_you_mean, reading
 
 LARGEST = 2**31 - 1  # a larger number NumPy or the trainer would not take, or overflow later
 MAY_BE_ZERO = ("warmup_steps", "seed", "answer_rows", "save_steps", "sample_steps")
@@ -140,13 +138,6 @@ class FinetuneConfig:
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like any other."""
         return replace(self, **_known(changes))
-
-
-def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest that there is, or all of them."""
-    names = list(names)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
 
 
 def _known(settings: dict[str, Any], *others: str) -> dict[str, Any]:

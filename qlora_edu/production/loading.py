@@ -20,11 +20,12 @@ from qlora_edu.errors import (
     DoesNotFitError,
     LoRAError,
     ModelUnavailableError,
+    did_you_mean,
     reading,
 )
 from qlora_edu.files import ROOT
 from qlora_edu.production.checkpoints import fingerprint, verify_manifest
-from qlora_edu.production.config import FinetuneConfig, did_you_mean
+from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import GUANACO_TEMPLATE
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import LoRAError, RunExistsError
+from qlora_edu.errors import LoRAError, RunExistsError, did_you_mean
 from qlora_edu.files import atomic
-from qlora_edu.production.config import did_you_mean
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGE_TARGETS, merge_weight
 from qlora_edu.quantized import QuantizedTensor
