@@ -7,12 +7,11 @@ section 2; "Training Deep Nets with Sublinear Memory Cost" (Chen et al., 2016).
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
-from qlora_edu.errors import DoesNotFitError, PlanError, did_you_mean
+from qlora_edu.errors import PlanError, did_you_mean
 from qlora_edu.files.host_tier import NEVER_PAGED
 from qlora_edu.planner import LLAMA_SHAPES, LLAMA_VOCABULARY, configuration
 from qlora_edu.planner import MODELS as MODELS
@@ -225,19 +224,15 @@ def plan_memory(
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
 
     Args:
-        model: a name in `MODELS`, in capitals or not; a folder with a `config.json`; a model's
-            name on the Hub; a Hugging Face configuration, as a dictionary too; or a model.
+        model: a name in `MODELS`; a folder with a `config.json`; a name on the Hub; a Hugging Face
+            configuration, as a dictionary too; or a model.
         method: "full", "lora", "qlora" or "houlsby".
         batch_size: rows per step, of `max_length` tokens each.
-        optim: transformers' names. The states of "adamw_torch" have the dtype of the parameters,
-            "sgd" has none; the others are bitsandbytes' with states in 32 or 8 bits
-            ("adamw_32bit" is for comparison: transformers has only the paged one). What a paged one
-            can push out to the host counts on the device only in the optimizer step.
+        optim: one of `OPTIMIZERS`. The states of "adamw_torch" have the dtype of the parameters,
+            those of bitsandbytes 32 or 8 bits; a paged one's are on the device only in its step.
         settings: fields of `StepSettings`: `r`, `target_modules`, dtypes and so on.
 
-    Raises:
-        PlanError: naming what is wrong with the model or a setting.
-        ModelUnavailableError: the Hub does not give the configuration.
+    Raises `PlanError`, or `ModelUnavailableError` if the Hub does not give the configuration.
 
     >>> plan = plan_memory("llama-7b", "qlora", r=64)
     >>> plan.held["quantised weights"]  # half a byte per weight
@@ -265,25 +260,3 @@ def _state_bytes(n: int, nbytes: int, optim: str) -> int:
     if optim.endswith("32bit") or n < ALWAYS_32_BIT:
         return 2 * 4 * n
     return 2 * (n + 4 * -(-n // 256))
-
-
-def check_lengths(plan: MemoryPlan, lengths: Sequence[int], card_gib: float) -> int:
-    """Refuse, by `DoesNotFitError`, rows whose `lengths` in tokens would end a run after hours.
-
-    Returns the longest length that fits.
-
-    >>> plan = plan_memory("llama-7b", "qlora", batch_size=4)
-    >>> check_lengths(plan, [512, 600, 200000], card_gib=24)
-    Traceback (most recent call last):
-    qlora_edu.errors.DoesNotFitError: 1 of 3 rows too long for a 24 GB card at batch 4, as row 2 ...
-    """
-    longest = plan.longest_length(card_gib)
-    over = [row for row, length in enumerate(lengths) if length > longest]
-    if over:
-        named = ", ".join(f"row {row} with {lengths[row]:,} tokens" for row in over[:5])
-        raise DoesNotFitError(
-            f"{len(over)} of {len(lengths)} rows too long for a {card_gib:g} GB card at batch "
-            f"{plan.batch_size}, as {named}. At most {longest:,} tokens fit: cut or drop these "
-            "rows, take a smaller batch, or set gradient_checkpointing=True"
-        )
-    return longest

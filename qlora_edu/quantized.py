@@ -104,7 +104,11 @@ class QuantizedTensor:
         return replace(self, packed=packed, levels=levels, constants=constants)
 
     def to(self, device: torch.device | str | int) -> Self:
-        """Copy to a device; for another dtype there is `dequantize(dtype)`."""
+        """Copy to a device; raises `QuantizationError` for a dtype."""
+        if isinstance(device, torch.dtype):
+            raise QuantizationError(
+                f"a QuantizedTensor is never converted, so not to {device}: use dequantize(dtype)"
+            )
         return self.with_tensors({k: t.to(device=device) for k, t in self.tensors().items()})
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:

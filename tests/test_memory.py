@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from steps import LLAMA, make_config, measured_peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_edu.errors import DoesNotFitError, ModelUnavailableError, PlanError
+from qlora_edu.errors import ModelUnavailableError, PlanError
 from qlora_edu.files import ROOT
 from qlora_edu.memory import (
     GIB,
@@ -17,7 +17,6 @@ from qlora_edu.memory import (
     MODELS,
     OPTIMIZERS,
     RESERVE,
-    check_lengths,
     llama_parameters,
     nf4_bits_per_weight,
     plan_memory,
@@ -279,18 +278,6 @@ def test_bits_per_weight_are_those_of_a_real_tensor():
     assert quantize(weight).bits_per_weight == pytest.approx(nf4_bits_per_weight(), abs=2e-4)
     plain = quantize(weight, double_quant=False).bits_per_weight
     assert plain == nf4_bits_per_weight(absmax_blocksize=None) == 4.5
-
-
-def test_rows_that_are_too_long_are_named():
-    plan = plan_memory(make_config(), "qlora", r=4, batch_size=2)
-    longest = plan.longest_length(1.5)
-    assert check_lengths(plan, [1, longest], 1.5) == longest
-    with pytest.raises(DoesNotFitError) as caught:
-        check_lengths(plan, [5, longest + 1, 7, longest + 9], 1.5)
-    message = str(caught.value)
-    assert "2 of 4 rows too long" in message and f"At most {longest:,} tokens" in message
-    assert f"row 1 with {longest + 1:,}" in message and f"row 3 with {longest + 9:,}" in message
-    assert "gradient_checkpointing=True" in message
 
 
 def test_every_optimizer_plans():

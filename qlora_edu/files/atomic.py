@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_edu.errors import RunExistsError
+
 
 @contextmanager
 def folder(path: Path | str) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `path`, in one move, when all is on the disk.
 
-    If the block raises, or the process is killed, `path` (which is not there yet) stays absent.
+    If the block raises, or the process is killed, `path` stays absent. `RunExistsError` if it is
+    there already.
     """
     path = Path(path)
+    if path.exists():
+        raise RunExistsError(f"{path} exists, and nothing is overwritten; choose another folder")
     part = _part_of(path)
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had this number
     part.mkdir(parents=True)

@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     The folder is written whole or not at all, and names `base_model` for whoever loads it.
 
     Raises `LoRAError` for layers that differ in rank, alpha or dropout, and if there is none, or
-    more than the adapter is trained; `FileExistsError` if the folder is there already.
+    more than the adapter is trained; `RunExistsError` if the folder is there already.
     """
     from safetensors.torch import save_file
 
@@ -49,8 +49,6 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if others := [name for name in trained if not name.endswith(("lora_A", "lora_B"))]:
         raise LoRAError(f"{_list(others)} would not be saved; freeze them, or save with PEFT")
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     ((r, lora_alpha, lora_dropout),) = settings
     config = {
         "peft_type": "LORA",

@@ -46,10 +46,8 @@ _CHOICES: dict[str, tuple] = {
     "dtype": _DTYPES,
     "adapter_dtype": _DTYPES,
     "blocksize": BLOCKSIZES,
-    "double_quant": (True, False),
-    "gradient_checkpointing": (True, False),
-    "autocast": (True, False),
-    "padding": (True, False),
+    **dict.fromkeys(("double_quant", "gradient_checkpointing"), (True, False)),
+    **dict.fromkeys(("autocast", "padding"), (True, False)),
 }
 
 

@@ -2,14 +2,10 @@
 
 A step takes as long and as much memory with random weights as with trained ones. What such a model
 *says* is noise, so it is labelled wherever it appears: no quality is ever measured with it.
-
-    python -m qlora_edu.production.random_weights llama-7b runs/random-7b
 """
 
-import argparse
 import json
 import shutil
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_edu.errors import QloraError, RunExistsError
 from qlora_edu.files import ROOT, atomic
-from qlora_edu.planner import MODELS, configuration
+from qlora_edu.planner import configuration
 from qlora_edu.planner.fake_step import causal_model
 
 
@@ -53,9 +48,6 @@ def write_random(
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    if folder.exists():
-        raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
     skeleton = skeleton_of(model, dtype)
     kept = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:
@@ -74,7 +66,7 @@ def write_random(
         for path in (ROOT / "data" / "base-model").iterdir():
             if "token" in path.name or path.name == "chat_template.jinja":
                 shutil.copy(path, part)
-    return folder
+    return Path(folder)
 
 
 def skeleton_of(model: Any, dtype: str) -> Any:
@@ -83,22 +75,3 @@ def skeleton_of(model: Any, dtype: str) -> Any:
 
     with init_empty_weights(include_buffers=False):
         return causal_model(configuration(model)[1], dtype)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write a real architecture with random weights, to measure time and memory."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("model", help=f"{', '.join(MODELS)}, or a folder with a config.json")
-    parser.add_argument("folder", help="to be made; 2 bytes per parameter")
-    arguments = parser.parse_args(argv)
-    try:
-        folder = write_random(arguments.folder, arguments.model)
-    except (QloraError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{folder} written. RANDOM WEIGHTS: time and memory are real, its answers are noise")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

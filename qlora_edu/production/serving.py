@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.compat import quiet
-from qlora_edu.errors import LoRAError, RunExistsError, did_you_mean
+from qlora_edu.errors import LoRAError, did_you_mean
 from qlora_edu.files import atomic
 from qlora_edu.production.loading import attach_adapter
 from qlora_edu.qlora import MERGE_TARGETS, merge_weight
@@ -75,25 +75,22 @@ def write_merged(
     It is written whole or not at all; `merged.json` in it says what was merged into what. Nothing
     is overwritten: `RunExistsError`. The rest is as for `merged_tensors`.
     """
-    folder, base = Path(folder), model.get_base_model()
-    if folder.exists():
-        raise RunExistsError(f"{folder} exists, and nothing is overwritten; choose another folder")
-    tensors = merged_tensors(model, into, dtype, original)
-    adapter = model.peft_config[model.active_adapter]
+    base, adapter = model.get_base_model(), model.peft_config[model.active_adapter]
     merged = {"base_model": adapter.base_model_name_or_path, "merged_into": into}
     merged |= {"r": adapter.r, "lora_alpha": adapter.lora_alpha}
-    fields = base.config.to_dict()
-    for field in ("quantization_config", "_name_or_path"):
-        fields.pop(field, None)
-    with torch.device("meta"):
-        plain = type(base)(type(base.config)(**fields))
-    plain.load_state_dict(tensors, strict=False, assign=True)  # a tied head has no tensor
-    plain.tie_weights()
     with atomic.folder(folder) as part, quiet():
+        tensors = merged_tensors(model, into, dtype, original)
+        fields = base.config.to_dict()
+        for field in ("quantization_config", "_name_or_path"):
+            fields.pop(field, None)
+        with torch.device("meta"):
+            plain = type(base)(type(base.config)(**fields))
+        plain.load_state_dict(tensors, strict=False, assign=True)  # a tied head has no tensor
+        plain.tie_weights()
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "merged.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    return folder
+    return Path(folder)
 
 
 class AdapterShelf:

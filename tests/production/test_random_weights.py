@@ -16,7 +16,7 @@ from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.planner.trace import weigh
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base
-from qlora_edu.production.random_weights import main, random_tensor, write_random
+from qlora_edu.production.random_weights import random_tensor, write_random
 
 SMALL = {
     "model_type": "llama",
@@ -75,14 +75,12 @@ def test_it_is_labelled_wherever_it_appears(folder, tmp_path, capsys):
     assert model.config.random_init and "random_init" in (folder / "config.json").read_text()
 
 
-def test_nothing_is_overwritten_and_unknown_models_are_named(folder, tmp_path, capsys):
+def test_nothing_is_overwritten_and_unknown_models_are_named(folder, tmp_path):
     with pytest.raises(RunExistsError, match="nothing is overwritten"):
         write_random(folder, SMALL)
-    assert main(["llama-8b", str(tmp_path / "x")]) == 1
-    assert "llama-8b" in capsys.readouterr().err and not (tmp_path / "x").exists()
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    assert main([str(tmp_path), str(tmp_path / "x")]) == 0
-    assert "its answers are noise" in capsys.readouterr().out
+    with pytest.raises(PlanError, match="llama-8b"):
+        write_random(tmp_path / "x", "llama-8b")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("backend", ["qlora_edu", "bitsandbytes"])
