@@ -145,11 +145,11 @@ def save_checkpoint(
 ) -> None:
     """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them."""
     target = folder / f"checkpoint-{step:06d}"
+    if target.exists():  # damaged, as the run was resumed from before it
+        shutil.rmtree(target)
     with writing(target) as part:
         write(part)
         write_manifest(part, {"step": step, **metadata})
-        if target.exists():  # damaged, as the run was resumed from before it
-            shutil.rmtree(target)
     for old in checkpoints(folder)[:-keep]:  # now that the new one is whole and on the disk
         shutil.rmtree(old)
 
