@@ -49,7 +49,7 @@ def _reserve(nbytes: int, pinned: bool, folder: str | os.PathLike | None) -> Ten
         what = f"cannot reserve {nbytes:,} bytes for optimizer states"
         place = folder or tempfile.gettempdir()
         where = "pinned memory: free some" if pinned else f"{place}: pass another folder="
-        why = getattr(error, "strerror", error)  # a file's own message has the path twice
+        why = getattr(error, "strerror", None) or error  # a file's own message has the path twice
         raise PagingError(f"{what} ({why}) in {where}") from error
 
 
