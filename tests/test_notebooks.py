@@ -265,10 +265,9 @@ def test_a_naive_version_that_is_asserted_equal_passes(notebook):
     assert breaches(notebook) == []
 
 
-def test_docstrings_and_comments_do_not_count_as_code():
-    assert (
-        hygiene.code_lines('def f():\n    """One.\n\n    Two."""\n    # why\n\n    return 1') == 2
-    )
+def test_a_cell_is_as_long_as_what_is_read():
+    source = 'def f():\n    """One.\n\n    Two."""\n    # why\n\n    return 1'
+    assert hygiene.code_lines(source) == 5
 
 
 def write(folder: Path, *sources: str) -> Path:
