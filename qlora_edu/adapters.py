@@ -159,6 +159,8 @@ def check_tensors(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
 ) -> None:
     """Refuse an adapter that is not whole, finite, trained (`B` is not 0), and made for `own`."""
+    if not tensors:
+        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
     faults = [f"{name} is missing from the adapter" for name in own if name not in tensors]
     for name, tensor in tensors.items():
         if name not in own:
@@ -171,7 +173,7 @@ def check_tensors(
         elif not tensor.isfinite().all():
             faults.append(f"{name} holds NaN or infinity")
     if faults:
-        remedy = "use the base model, target modules and rank that the adapter was trained with"
+        remedy = "use an undamaged file, and the base, target modules and rank it was trained with"
         raise LoRAError(f"{len(faults)} tensors do not fit: {_list(faults)}; {remedy}")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name

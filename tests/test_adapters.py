@@ -143,7 +143,7 @@ LAST = f"{PEFT_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
         ),
         (lambda t: t[LAST].fill_(math.nan), LoRAError, LAST),
         (lambda t: t[LAST].fill_(-math.inf), LoRAError, LAST),
-        (lambda t: t.clear(), LoRAError, "missing"),
+        (lambda t: t.clear(), LoRAError, "empty"),
         (lambda t: t.update({LAST: t[LAST].int()}), LoRAError, "int32.*no floating"),
         (
             lambda t: [tensor.zero_() for name, tensor in t.items() if "lora_B" in name],
