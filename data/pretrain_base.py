@@ -205,7 +205,7 @@ families of `data/tasks/` and none of their passages.
     python data/make_world.py corpus
     {facts["command"]}
 
-**Loss curve** (nats a token, mean over 50 steps; all points are in `pretraining.json`):
+**Loss curve** (nats per token, mean over 50 steps; all points are in `pretraining.json`):
 
 | step | loss |
 | --- | --- |

@@ -299,5 +299,5 @@ print((1024 * (after - before) - quantized.nbytes) / weight.nbytes)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # Half of it is what was promised. A fifth leaves room for the double quantisation of its
-    # constants, and shows a temporary of even one byte a weight.
+    # constants, and shows a temporary of even one byte per weight.
     assert float(run.stdout) < 0.2

@@ -10,7 +10,7 @@ from qlora_edu.quantized import quantize
 
 
 @claim(
-    "NF4 in blocks of 64 with double quantisation takes 4.127 bits a weight.",
+    "NF4 in blocks of 64 with double quantisation takes 4.127 bits per weight.",
     f"{QLORA}, section 3 (0.5 bits of constants become 0.127)",
     "bytes of a quantised tensor; notebook 3",
 )
@@ -27,7 +27,7 @@ def _nf4_dq_4_127_bits() -> Answer:
 
 
 @claim(
-    "Double quantisation saves 0.373 bits a weight.",
+    "Double quantisation saves 0.373 bits per weight.",
     f"{QLORA}, section 3",
     "bytes of a tensor quantised both ways; notebook 3",
 )
@@ -39,8 +39,8 @@ def _dq_saves_0_373_bits() -> Answer:
         f"{plain - double:.3f} bits",
         reproduced=round(plain - double, 3) == 0.373,
         because=(
-            f"A tensor takes {plain:.3f} bits a weight with 32-bit constants and {double:.3f} with "
-            "constants that are quantised themselves."
+            f"A tensor takes {plain:.3f} bits per weight with 32-bit constants and {double:.3f} "
+            "with constants that are quantised themselves."
         ),
     )
 

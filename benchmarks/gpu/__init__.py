@@ -6,7 +6,7 @@
 
 a  quantiser  packed bytes, constants and read-back values beside bitsandbytes' CUDA kernels; and
               bandwidth, as a share of what the card reaches when it copies
-b  steps      a 7B: full, LoRA and QLoRA steps, peak memory beside the plan, tokens a second
+b  steps      a 7B: full, LoRA and QLoRA steps, peak memory beside the plan, tokens per second
 c  paging     the optimizer step of a 7B's adapters, paged by nobody, by the driver and by us
 d  headline   QLoRA steps of a 65B within 48 GB, of a 33B within 24 GB and of a 7B within 8 GB
 e  study      ways of chapter 8 at ten seeds; takes its learning rates from `make experiments`

@@ -15,7 +15,7 @@ from qlora_edu.memory import RESERVE, plan_memory
 
 TORCH, FUSED, THEIRS = "torch AdamW", "torch AdamW, fused", "bitsandbytes AdamW32bit"
 THEIRS_PAGED = "bitsandbytes PagedAdamW32bit"
-OURS = {  # share of the states at hand, bytes a page, prefetching
+OURS = {  # share of the states at hand, bytes per page, prefetching
     "ours, a tenth, 1 MiB": (0.1, 2**20, True),
     "ours, a tenth, 4 MiB": (0.1, 2**22, True),
     "ours, a tenth, 4 MiB, no prefetching": (0.1, 2**22, False),

@@ -91,7 +91,7 @@ def test_three_blocks_and_three_lengths_tell_any_other(
     with allocations:
         training_loss(model, ids, plan.settings).backward()
     real = sum(weigh(model).values()) + np.cumsum(allocations.changes).max()
-    # Rotary tables depend on the length and not on the batch: at most 64 bytes a token here.
+    # Rotary tables depend on the length and not on the batch: at most 64 bytes per token here.
     assert abs(plan.peak_bytes - real) <= 0.01 * real + 64 * 5 * length
 
 

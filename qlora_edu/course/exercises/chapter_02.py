@@ -311,7 +311,7 @@ ex_2_7 = Exercise(
     because={
         "return (levels, blocksize): 2 to 16 ascending numbers in [-1, 1], and one of the block "
         "sizes 32 … 4096": Seen(lambda: (torch.linspace(-1, 1, 17), 128), _is_no_format),
-        "that costs more than 4.25 bits a weight: the code and 32 bits for each block": Seen(
+        "that costs more than 4.25 bits per weight: the code and 32 bits for each block": Seen(
             lambda: (nf4_levels(4, 0.995), 64),
             lambda found: bits_a_weight(math.ceil(math.log2(len(found[0]))), found[1], 32) > 4.25,
         ),

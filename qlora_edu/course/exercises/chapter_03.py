@@ -188,7 +188,7 @@ def _bits(blocksize, double_quant):
 
 
 def best_within(budget: float) -> tuple[int, bool]:
-    """Choose block size and double quantisation: the least error within a budget of bits a weight.
+    """Choose block size and double quantisation: the least error within so many bits per weight.
 
     Half the block size saves 2.5 % of the error or more, and float32 constants save 0.02 %: so the
     smallest blocks that fit, and float32 constants if they fit with those.

@@ -117,8 +117,8 @@ ex_6_3 = Exercise(
         "of 160 million adapter weights, and the workspace of AdamW": (
             chose(peak_moments, "c", "logits and loss", "backward")
         ),
-        "d: at a width of 8,192 one block that is computed again keeps some 590,000 bytes a token, "
-        "and 32,000 logits take 384,000": chose(peak_moments, "d", "logits and loss"),
+        "d: at a width of 8,192 one block that is computed again keeps some 590,000 bytes per "
+        "token, and 32,000 logits take 384,000": chose(peak_moments, "d", "logits and loss"),
         "d: at r = 8 gradients and workspace are small; 4,096 tokens in a wide block are not": (
             chose(peak_moments, "d", "optimizer step")
         ),
@@ -336,7 +336,7 @@ ex_6_6 = Exercise(
         "rows are cut: the longest has 1,991 tokens, and answers stand at the end of a row": Seen(
             lambda: PROPOSALS["Cleo"], lambda run: run["max_length"] < int(row_lengths().max())
         ),
-        "full fine-tuning takes eight bytes a parameter, 60 GiB, before the first token": Seen(
+        "full fine-tuning takes eight bytes per parameter, 60 GiB, before the first token": Seen(
             lambda: PROPOSALS["Anna"], lambda run: run["method"] == "full" and _spare(run) < 0
         ),
         "it does not fit: the base alone takes 15 GiB in 16 bits; see plan.table()": Seen(
@@ -350,7 +350,7 @@ ex_6_6 = Exercise(
         ),
         "it does not fit: look at plan.table() for the moment of the peak, and for the largest row "
         "in it": Seen(lambda: choose_run() | {"r": 2048}, lambda run: _spare(run) < 0),
-        "it fits, and more rows at a time would too: at least three rows a step are asked for": (
+        "it fits, and more rows at a time would too: at least three rows per step are asked for": (
             Seen(lambda: choose_run() | {"batch_size": 1}, lambda run: not run["batch_size"] >= 3)
         ),
     },

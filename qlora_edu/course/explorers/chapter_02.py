@@ -24,7 +24,7 @@ FORMATS = {
     "FP4 E3M0": "fp4-e3m0",
     "AF4": "af4",
     "INT4": "int4",
-    "affine INT4": None,  # two constants a block, and no table
+    "affine INT4": None,  # two constants per block, and no table
 }
 
 
