@@ -174,7 +174,7 @@ def check_tensors(
             faults.append(f"{name} holds NaN or infinity")
     if faults:
         remedy = "use an undamaged file, and the base, target modules and rank it was trained with"
-        raise LoRAError(f"{len(faults)} tensors do not fit: {_list(faults)}; {remedy}")
+        raise LoRAError(f"tensors that do not fit ({len(faults)}): {_list(faults)}; {remedy}")
     if not allow_untrained and not any(
         tensors[name].any() for name in own if ".lora_A." not in name
     ):

@@ -170,7 +170,7 @@ def test_another_rank_lists_the_tensors():
     add_lora(other, r=2, lora_alpha=8)
     with pytest.raises(LoRAError) as error:
         load_adapters(model, trained_tensors(other))
-    assert str(error.value).startswith("28 tensors do not fit: ")
+    assert str(error.value).startswith("tensors that do not fit (28): ")
     assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
 
 

@@ -104,8 +104,8 @@ def bandwidth(small: bool, device: str) -> Rows:
             return quantize(weight, double_quant=False, compiled=True).packed
 
         def of_bitsandbytes(weight: Tensor = weight) -> Tensor:
-            kind = {"compress_statistics": False, "quant_type": "nf4", "blocksize": 64}
-            return quantize_4bit(weight, **kind)[0]
+            settings = {"compress_statistics": False, "quant_type": "nf4", "blocksize": 64}
+            return quantize_4bit(weight, **settings)[0]
 
         contenders = [
             ("quantize", "ours", lambda w=weight: quantize(w, double_quant=False).packed),
