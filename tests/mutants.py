@@ -9,6 +9,7 @@ the change changes nothing, and then the line says nothing either.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,9 +46,15 @@ def fault(mutant: Mutant) -> str:
     count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.before)
     if count != 1:
         return f"{mutant.file} has {mutant.before!r} {count} times, not once"
-    paths = [part for part in mutant.tests.split() if part.startswith("tests/")]
-    missing = [path for path in paths if not (ROOT / path).exists()]
-    return f"{mutant.file}: no such tests: {missing}" if missing or not paths else ""
+    paths, _, expression = mutant.tests.partition("-k ")
+    missing = [path for path in paths.split() if not (ROOT / path).exists()]
+    if missing or not paths:
+        return f"{mutant.file}: no such tests: {missing}"
+    files = [f for path in paths.split() for f in ((ROOT / path).rglob("*.py"), [ROOT / path])]
+    text = "".join(f.read_text(encoding="utf-8") for found in files for f in found if f.is_file())
+    words = [word for word in expression.strip("'").split() if word not in ("or", "and", "not")]
+    lost = [word for word in words if not re.search(rf"def test_\w*{word}", text)]
+    return f"{mutant.file}: no test is called {lost}" if lost else ""
 
 
 def survives(mutant: Mutant) -> bool:

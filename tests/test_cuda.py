@@ -127,7 +127,7 @@ def test_the_plan_is_what_the_card_gives(method):
 
 def embedded(tmp_path, **changes):
     settings = {"max_steps": 8, "answer_rows": 4, "held_out_rows": 8, "lora_dropout": 0.1}
-    settings |= {"save_steps": 4, "optimizer": "paged_adamw_32bit"}
+    settings |= {"save_steps": 4, "optim": "paged_adamw_32bit"}
     return FinetuneConfig.from_preset("embedded", **settings | changes)
 
 

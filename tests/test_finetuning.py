@@ -1,6 +1,7 @@
 """The fine-tune on the production stack: its settings, its checks, and what it leaves behind."""
 
 import json
+import math
 import re
 
 import pytest
@@ -365,7 +366,16 @@ def test_several_processes_are_refused(config, tmp_path, monkeypatch, processes)
 
 def test_of_several_cards_one_is_used(config, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
-    assert trainer_settings(config, tmp_path)._n_gpu == 1
+    settings = trainer_settings(config, tmp_path)
+    monkeypatch.undo()
+    assert settings.n_gpu == 1 and settings.train_batch_size == config.batch_size
+
+
+def test_the_settings_of_the_tests_on_a_card_are_settings(tmp_path):
+    """Those tests are skipped where there is no card, and would hide a name that is gone."""
+    from test_cuda import embedded
+
+    assert embedded(tmp_path).optim == "paged_adamw_32bit"
 
 
 # The gradient check
@@ -447,6 +457,20 @@ def test_gradient_check_finds_a_cut(config, tmp_path, place):
 
     layer.register_forward_hook(cut)
     with pytest.raises(TrainingError, match="before step 1: "):
+        check_gradients(model, batch)
+
+
+def test_a_batch_may_pass_an_expert_by_but_not_spoil_it(config, tmp_path):
+    model, batch = make(config, tmp_path)
+    model.base_model.experts = torch.nn.ParameterList([expert := torch.nn.Parameter(torch.ones(2))])
+    check_gradients(model, batch)
+
+    def use(module, inputs, output):
+        output.logits = output.logits + expert.sum()
+
+    model.register_forward_hook(use)
+    expert.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingError, match=r"the gradient of base_model\.experts\.0 is"):
         check_gradients(model, batch)
 
 

@@ -207,6 +207,13 @@ def test_a_paged_optimizer_keeps_small_states_on_the_device():
     assert plan_memory("llama-7b", "qlora", r=16, optim="adamw_32bit").host_bytes == 0
 
 
+def test_the_smallest_state_that_is_paged_is_the_one_of_bitsandbytes():
+    shape = {**LLAMA, "hidden_size": 1000, "num_attention_heads": 10, "num_key_value_heads": 10}
+    plan = plan_memory(shape, "qlora", r=100, optim="paged_adamw_32bit", target_modules=["q_proj"])
+    assert {n for n, _ in plan.trace.trained} == {100_000}
+    assert plan.host_bytes == plan.state_bytes > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

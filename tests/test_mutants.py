@@ -24,4 +24,7 @@ def test_every_module_has_one_and_there_are_sixty():
 def test_a_place_that_is_gone_is_named():
     gone = Mutant("qlora_edu/blockwise.py", "no such line", "x", "tests/test_blockwise.py")
     assert "0 times, not once" in fault(gone)
-    assert "no such tests" in fault(gone._replace(before='"""Chapter 2', tests="tests/test_x.py"))
+    here = gone._replace(before='"""Chapter 2')
+    assert fault(here) == ""
+    assert "no such tests" in fault(here._replace(tests="tests/test_x.py"))
+    assert "no test is called ['gone']" in fault(here._replace(tests=f"{gone.tests} -k gone"))

@@ -370,6 +370,11 @@ def test_to_refuses_a_dtype(dtype):
         quantize(normal(64)).to(dtype)
 
 
+def test_to_takes_a_device_and_nothing_that_has_one():
+    with pytest.raises(TypeError):
+        quantize(normal(64)).to(torch.ones(1))
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_torch_saves_it_and_loads_it_without_running_code(double_quant, tmp_path):
     quantized = quantize(normal(65, 33, dtype=torch.bfloat16), "fp4", 32, double_quant)

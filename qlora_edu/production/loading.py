@@ -177,7 +177,7 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if "lora_A.weight" in name and tensor.shape[0] not in ranks:
             found = f"{name} has rank {tensor.shape[0]}, and its configuration says r = {config.r}"
-            raise LoRAError(f"{found}; take both files from one place", [name])
+            raise LoRAError(f"{found}; take both files from one place")
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:

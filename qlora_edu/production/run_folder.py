@@ -108,9 +108,11 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
         return interrupted[-1] if resume and interrupted else free[0]
     folder = Path(config.output_dir)
     if folder.exists():
+        left = checkpoints_of(folder)
+        more = f". {left} is no longer needed if that run is finished" if left.exists() else ""
         raise RunExistsError(
             f"{folder} exists: a run that is finished, or a folder of yours. A run overwrites "
-            "nothing; choose another output_dir, or delete that folder yourself"
+            f"nothing; choose another output_dir, or delete that folder yourself{more}"
         )
     if checkpoints_of(folder).exists() and not resume:
         raise RunExistsError(

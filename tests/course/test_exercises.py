@@ -396,6 +396,7 @@ def test_every_part_of_a_repair_that_is_left_is_told():
         return (x + shifted) * (1 + doubled) + (torch.ones(len(x) - 2) if short else 0)
 
     told = faults_left(broken, shifted="it is shifted", doubled="it is doubled", short="short")
+    told["a wrong answer that never returns"] = lambda x: x.missing
     exercise = Exercise("9.9 repair", broken, [(torch.arange(3.0),), (torch.arange(5.0),)], told)
     assert exercise.judge(lambda x: (x + 1) * 2).because == "it is shifted; and it is doubled"
     # It stops in the second case, where the fault makes the shapes differ; so does this answer.

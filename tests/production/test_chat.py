@@ -166,6 +166,15 @@ def test_the_command_line(monkeypatch, capsys):
     assert "in use: base, record" in shown and 'record: {"lender"' in shown
 
 
+def test_the_command_line_hands_its_options_on(monkeypatch):
+    opened = []
+    monkeypatch.setattr("qlora_edu.production.chat.converse", opened.append)
+    options = ["--temperature", "0.5", "--top_p", "0.8", "--length", "7", "--remember"]
+    assert main(["chat", *options]) == 0
+    (given,) = opened
+    assert (given.temperature, given.top_p, given.length, given.remember) == (0.5, 0.8, 7, True)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

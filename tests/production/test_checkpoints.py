@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,7 @@ def test_a_kill_at_any_of_twenty_moments_resumes_to_the_same_bits(base, data, tm
         if not folder.exists():
             assert start(fine_tune, config, True) == 0
         else:  # the kill came when the run was whole, and before all its checkpoints were removed
+            assert start(fine_tune, config, True) == 1  # refused, as the run is there
             remove_checkpoints(folder)
         assert weights(folder) == expected, f"killed before line {line}, {steps_found}"
         assert verify_manifest(folder)["base_sha256"] == fingerprint(base)
@@ -239,8 +241,9 @@ def finished(folder):
 def test_choosing_a_folder_changes_nothing(config):
     folder = Path(config.output_dir)
     saved = finished(folder)
+    says = rf"a run that is finished.*\. {re.escape(str(saved))} is no longer needed"
     for resume in (False, True):
-        with pytest.raises(RunExistsError, match="a run that is finished"):
+        with pytest.raises(RunExistsError, match=says):
             choose_output_dir(config, resume)
     assert list(saved.iterdir())
 
@@ -688,6 +691,21 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoints(config, uninterrup
     assert weights(result.folder) == uninterrupted[0]
 
 
+@pytest.mark.parametrize(
+    ("loader", "file"),
+    [("load_optimizer_state", "optimizer"), ("set_random_state", "random_state")],
+)
+def test_a_state_that_other_libraries_wrote_is_refused(config, stop_at, monkeypatch, loader, file):
+    def of_another_version(*_):
+        raise ValueError("unknown state")
+
+    interrupted(config, stop_at)
+    monkeypatch.setattr(f"qlora_edu.production.callback.{loader}", of_another_version)
+    says = rf"{file}\.safetensors.*resume with the libraries that the run began with"
+    with pytest.raises(CheckpointError, match=says):
+        run_finetune(config, progress=False, resume=True)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in range(1, 12):
         save_checkpoint(tmp_path, step, lambda part: (part / "a").write_text("x"), {}, keep=3)
@@ -709,16 +727,16 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_files(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "says"),
     [
-        lambda p: torch.optim.AdamW(p, lr=0.1),
-        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: torch.optim.SGD(p, lr=0.1),
-        lambda p: bitsandbytes.optim.AdamW32bit(p, lr=0.1),
+        (lambda p: torch.optim.AdamW(p, lr=0.1), "parameter group"),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), "parameter group"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "parameter group"),
+        (lambda p: torch.optim.SGD(p, lr=0.1), "parameter group"),
+        (lambda p: bitsandbytes.optim.AdamW32bit(p, lr=0.1), "argument 2 is longer"),
     ],
 )
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, says, tmp_path):
     def steps(model, optimizer, count):
         for _ in range(count):
             model(torch.ones(3, 4)).square().sum().backward()
@@ -739,7 +757,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(make, tmp_path):
     steps(model, optimizer, 3)
     steps(other, again, 3)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises((ValueError, RuntimeError), match=says):
         load_optimizer_state(make([nn.Parameter(torch.ones(1))]), tensors, rest)
 
 
@@ -867,8 +885,8 @@ def test_an_adapter_that_names_its_layers_is_refused_on_a_deeper_base(copied, ba
         ({"lora_alpha": 1e308}, "lora_alpha is 1e\\+308"),
         ({"lora_alpha": "32"}, "lora_alpha is '32'"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"r": 2**40}, "says r = 1099511627776"),
-        ({"r": 0}, "says r = 0"),
+        ({"r": 2**40}, "says r = 1099511627776; take both files from one place$"),
+        ({"r": 0}, "says r = 0; take both files from one place$"),
         ({"peft_type": "PREFIX_TUNING"}, "LoRA is wanted"),
         ({"peft_type": "NOTHING"}, "cannot read the adapter"),
     ],

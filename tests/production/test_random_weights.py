@@ -1,7 +1,7 @@
 """Real architectures with random weights: written for the real loader, or built layer by layer."""
 
+import gc
 import json
-import weakref
 
 import pytest
 import torch
@@ -129,21 +129,22 @@ def test_a_repeated_batch_is_learned(method, backend):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_only_one_layer_at_a_time_stands_in_16_bits(monkeypatch):
+@pytest.mark.parametrize("backend", ["qlora_edu", "bitsandbytes"])
+def test_a_layer_is_quantised_before_the_next_is_made(monkeypatch, backend):
     from benchmarks.gpu import build
 
-    alive = weakref.WeakSet()
-    real = build.random_tensor
+    made, real = set(), build.random_tensor
 
     def watched(name, *args):
-        assert sum("proj" in getattr(tensor, "of", "") for tensor in alive) == 0
-        tensor = real(name, *args)
-        tensor.of = name
-        alive.add(tensor)
-        return tensor
+        owners = [m for m in gc.get_objects() if type(m) is torch.nn.Linear]
+        assert not [m for m in owners if not m.weight.is_meta], f"before {name}"
+        made.add(name)
+        return real(name, *args)
 
+    gc.collect()
     monkeypatch.setattr(build, "random_tensor", watched)
-    assert len(build_random(SMALL, StepSettings(**CPU)).model.layers) == 3
+    build_random(SMALL, StepSettings(**CPU, backend=backend))
+    assert sum("proj" in name for name in made) == 21
 
 
 @pytest.mark.parametrize("backend", ["qlora_edu", "bitsandbytes"])

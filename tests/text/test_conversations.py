@@ -221,12 +221,27 @@ def test_the_papers_layout_serves_a_base_model_without_a_template(tokenizer):
     [
         ("{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}", "end it with '<|end|>'"),
         ("{{ messages[-1]['content'] }}{{ eos_token }}", "must write turn 2 alike"),
+        (
+            "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{{ eos_token }}"
+            "{% endfor %}",
+            "must write turn 2 alike",
+        ),
     ],
 )
 def test_a_template_that_hides_the_answer_is_refused(tokenizer, template, says):
     tokenizer.chat_template = template
+    long = "Ida, who sold a lamp and a rope and a bell and a boat"
     with pytest.raises(DataError, match=says):
-        encode_conversation(tokenizer, Conversation(talk("Who?", "Ida"), "f.jsonl:7"))
+        encode_conversation(tokenizer, Conversation(talk("Who?", long), "f.jsonl:7"))
+
+
+def test_a_template_that_rewrites_an_earlier_answer_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] if loop.revindex <= 2 else '...' }}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(DataError, match="must write turn 2 alike"):
+        encode_conversation(tokenizer, talk("Who?", "Ida", "What?", "a lamp"))
 
 
 def special_tokens(tokenizer) -> dict[str, int]:
