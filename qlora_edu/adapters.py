@@ -37,10 +37,10 @@ def find_linear_layers(
         get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
         kept = [name for name in linear if linear[name] is not head and not _is_one_of(name, skip)]
-        if linear and not kept:
+        kinds = sorted({type(m).__name__ for m in model.modules() if "weight" in m._parameters})
+        if linear and not kept and "Conv1D" not in kinds:
             raise LoRAError(f"every nn.Linear is the head or in skip={[*skip]}: leave fewer out")
         if not kept:
-            kinds = sorted({type(m).__name__ for m in model.modules() if "weight" in m._parameters})
             raise LoRAError(f"there is no nn.Linear to adapt, but {kinds or 'no weight'}{CONV1D}")
         return kept
     listed = target_modules.split(",") if isinstance(target_modules, str) else target_modules

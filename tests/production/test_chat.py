@@ -168,11 +168,12 @@ def test_the_command_line(monkeypatch, capsys):
 
 def test_the_command_line_hands_its_options_on(monkeypatch):
     opened = []
-    monkeypatch.setattr("qlora_edu.production.chat.converse", opened.append)
+    monkeypatch.setattr("qlora_edu.production.chat.converse", lambda talk, _: opened.append(talk))
     options = ["--temperature", "0.5", "--top_p", "0.8", "--length", "7", "--remember"]
     assert main(["chat", *options]) == 0
     (given,) = opened
-    assert (given.temperature, given.top_p, given.length, given.remember) == (0.5, 0.8, 7, True)
+    assert (given.temperature, given.top_p, given.max_new_tokens) == (0.5, 0.8, 7)
+    assert given.remember
 
 
 @pytest.mark.parametrize(
