@@ -71,7 +71,7 @@ def survives(mutant: Mutant) -> bool:
         paths, _, expression = mutant.tests.partition("-k ")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         command += ["--rootdir", folder, *paths.split()]
-        command += ["-k", expression] if expression else []
+        command += ["-k", expression.strip("'")] if expression else []
         environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):

@@ -193,7 +193,7 @@ def _gradients_567_to_18mb() -> Answer:
         in_part=abs(ratio - layers) < 1,
         because=(
             f"The ratio of the two is {ratio:.1f}, and a 7B has {layers} blocks of which one at a "
-            f"time is live; but the inputs of all linear layers are {a_token / 1e6:.2f} MB a "
+            f"time is live; but the inputs of all linear layers are {a_token / 1e6:.2f} MB per "
             f"token, so that 567 MB belong to a row of {567e6 / a_token:.0f} tokens, and the paper "
             "gives no length."
         ),
