@@ -20,40 +20,41 @@ CONV1D = " (GPT-2's Conv1D keeps its weight as [in, out]: PEFT can adapt it, thi
 
 
 def find_linear_layers(
-    model: nn.Module, target_modules: str | Sequence[str] = "all-linear", skip: Sequence[str] = ()
+    model: nn.Module, target_modules: str | Sequence[str] = "all-linear"
 ) -> list[str]:
     """Find the `nn.Linear` layers to adapt: all, or those whose name ends in a target.
 
     The targets are a list, or one text with commas; every one must be found. "all-linear" leaves
-    out the output head, as PEFT does, and what ends in one of `skip`. Returns the full names.
+    out the output head, as PEFT does. Returns the full names.
 
     Raises `LoRAError` if a target, or any layer, is found nowhere, or is no plain `nn.Linear`.
 
-    >>> find_linear_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), skip=["2"])
-    ['0']
+    >>> find_linear_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    ['0', '2']
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if target_modules == "all-linear":
         get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
-        kept = [name for name in linear if linear[name] is not head and not _is_one_of(name, skip)]
+        if kept := [name for name in linear if linear[name] is not head]:
+            return kept
         kinds = sorted({type(m).__name__ for m in model.modules() if "weight" in m._parameters})
-        if linear and not kept and "Conv1D" not in kinds:
-            raise LoRAError(f"every nn.Linear is the head or in skip={[*skip]}: leave fewer out")
-        if not kept:
-            raise LoRAError(f"there is no nn.Linear to adapt, but {kinds or 'no weight'}{CONV1D}")
-        return kept
+        what = f"there is no nn.Linear to adapt, but {kinds or 'no weight'}; the head is left out"
+        raise LoRAError(what + (CONV1D if "Conv1D" in kinds else ""))
     listed = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     wanted = [name.strip() for name in listed if name.strip()]
     found = [name for name, _ in model.named_modules() if _is_one_of(name, wanted)]
     lost = [target for target in wanted if not any(_is_one_of(name, [target]) for name in found)]
-    if lost or not found:
-        own = sorted({name.rpartition(".")[2] for name in linear})
+    own = sorted({name.rpartition(".")[2] for name in linear})
+    if not wanted:
+        raise LoRAError(f"target_modules is empty: name some of {own}, or give 'all-linear'")
+    if lost:
         raise LoRAError(f"no layer is called {lost}; the linear layers are called {own}")
     for name in found:
         if name not in linear:
             kind = type(model.get_submodule(name)).__name__
-            raise LoRAError(f"{name} cannot be adapted: {kind} is not a plain nn.Linear{CONV1D}")
+            why = f"{kind} is not a plain nn.Linear{CONV1D if kind == 'Conv1D' else ''}"
+            raise LoRAError(f"{name} cannot be adapted: {why}")
     return found
 
 
@@ -152,13 +153,13 @@ def load_adapters(
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False)]
     if merged:
         raise LoRAError(f"unmerge() before loading: {_list(merged)} hold the adapter in the weight")
-    check_tensors(own, tensors, allow_untrained=allow_untrained)
+    check_tensors(own, tensors, allow_untrained)
     for name, mine in own.items():
         mine.copy_(tensors[name])
 
 
 def check_tensors(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, allow_untrained: bool = False
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], allow_untrained: bool | None = None
 ) -> None:
     """Refuse an adapter that is not whole, finite, trained (`B` is not 0), and made for `own`."""
     if not tensors:
@@ -177,18 +178,20 @@ def check_tensors(
     if faults:
         remedy = "use an undamaged file, and the base, target modules and rank it was trained with"
         raise LoRAError(f"tensors that do not fit ({len(faults)}): {_list(faults)}; {remedy}")
-    if not allow_untrained and not any(
-        tensors[name].any() for name in own if ".lora_A." not in name
-    ):
+    trained = any(tensors[name].any() for name in own if ".lora_A." not in name)
+    if not (allow_untrained or trained):  # None: whoever calls has no such option to offer
+        remedy = "" if allow_untrained is None else ". allow_untrained=True loads it"
         raise LoRAError(
             f"B is zero in all {len(own) // 2} layers, so this adapter changes nothing: it was "
-            "saved before training, or training did not reach it. allow_untrained=True loads it"
+            f"saved before training, or training did not reach it{remedy}"
         )
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Take every adapter off; a `QLoRALinear` stays: what it was made from is gone."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear) and module.merged:
+            module.unmerge()  # the layer below is handed back as it was
         if isinstance(module, LoRALinear | HoulsbyAdapter):
             replace_module(model, name, module.base)
 

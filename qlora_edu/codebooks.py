@@ -61,7 +61,7 @@ def mirrored_levels(magnitudes: Sequence[float]) -> Tensor:
     >>> mirrored_levels([1.0, 2.0])
     tensor([-1.0000, -0.5000,  0.0000,  0.5000,  1.0000])
     """
-    positive = torch.tensor(magnitudes, dtype=torch.float32) / max(magnitudes)
+    positive = torch.tensor(magnitudes, dtype=torch.float32, device="cpu") / max(magnitudes)
     return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
 
 
@@ -70,8 +70,8 @@ def fp4_levels() -> Tensor:
 
     It is E2M1 but for 0.0625 beside 12, where E2M1 has 1. Source: bitsandbytes `get_4bit_type`.
     """
-    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
-    return torch.cat([magnitudes, -magnitudes]) / 12
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu")
+    return torch.cat([positive, -positive]) / 12
 
 
 def af4_levels(blocksize: int = 64) -> Tensor:

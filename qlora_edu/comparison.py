@@ -32,7 +32,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     if len(values) < 2:
         raise TrainingError(f"an interval needs at least two runs, not {len(values)}: run more")
     if not np.isfinite(values).all():
-        raise TrainingError(f"not every value is finite in {list(values)}: leave out no run unsaid")
+        advice = "report the run that failed instead of leaving it out"
+        raise TrainingError(f"not every value is finite in {list(values)}: {advice}")
     mean = float(np.mean(values))
     if no_spread(values):  # the interval is a point, where SciPy divides 0 by 0
         return Interval(mean, mean, mean)

@@ -1,4 +1,4 @@
-"""What works round a version of another library, each with what it waits for."""
+"""What works round the versions of other libraries that are named here."""
 
 import logging
 import warnings

@@ -87,7 +87,7 @@ def assign_8bit(scaled: Tensor) -> Tensor:
 def codes_of_grid() -> Tensor:
     """Find the code of every point of the grid: uint8, shape `[65536]`, on the CPU."""
     levels = dynamic_map()
-    grid = -1.0 + 2.0 * torch.arange(GRID_STEPS + 1, dtype=torch.float32) / GRID_STEPS
+    grid = torch.arange(GRID_STEPS + 1, dtype=torch.float32, device="cpu") / GRID_STEPS * 2 - 1
     midpoints = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(grid, midpoints, out_int32=True).to(torch.uint8)
 

@@ -56,7 +56,7 @@ def quantize_blockwise(
     ranked = F.pad(order.to(torch.uint8), (0, 16 - len(levels)))
     byte_of_ranks = pack_nibbles(torch.cartesian_prod(ranked, ranked)).flatten()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-n // blocksize), device=weight.device)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=weight.device)
     in_blocks = n - n % blocksize
     # Compiled code keeps its temporaries in registers; on a GPU a layer of a 7B is a whole chunk.
     device = weight.device
@@ -142,7 +142,7 @@ def decode(
 
 @cache
 def _codes_in_bytes(device: torch.device) -> Tensor:
-    return unpack_nibbles(torch.arange(256, dtype=torch.uint8), 512).int().to(device)
+    return unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=device), 512).int()
 
 
 def row_chunks(quantized: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -223,14 +223,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plan the memory of a training step: forward, backward, clipping, optimizer step.
 
-    Args:
-        model: a name in `MODELS`; a folder with a `config.json`; a name on the Hub; a Hugging Face
-            configuration, as a dictionary too; or a model.
-        method: "full", "lora", "qlora" or "houlsby".
-        batch_size: rows per step, of `max_length` tokens each.
-        optim: one of `OPTIMIZERS`. The states of "adamw_torch" have the dtype of the parameters,
-            those of bitsandbytes 32 or 8 bits; a paged one's are on the device only in its step.
-        settings: fields of `StepSettings`: `r`, `target_modules`, dtypes and so on.
+    `model` is a name in `MODELS` or on the Hub, a folder with a `config.json`, a Hugging Face
+    configuration, as a dictionary too, or a model; `method` "full", "lora", "qlora" or "houlsby".
+    A step has `batch_size` rows of `max_length` tokens each. `optim` is one of `OPTIMIZERS`: the
+    states of "adamw_torch" have the dtype of the parameters, those of bitsandbytes 32 or 8 bits; a
+    paged one's are on the device only in its step. `settings` are fields of `StepSettings`.
 
     Raises `PlanError`, or `ModelUnavailableError` if the Hub does not give the configuration.
 
@@ -239,8 +236,8 @@ def plan_memory(
     3238002688
     """
     known = ["batch_size", "max_length", "optim", *(one.name for one in fields(StepSettings))]
-    for name in settings.keys() - known:
-        raise PlanError(f"no setting {name!r}; {did_you_mean(name, known)}")
+    if unknown := [name for name in settings if name not in known]:
+        raise PlanError(f"no setting {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     step = StepSettings(method=method, **settings)
     plan = MemoryPlan(*configuration(model), step, batch_size, max_length, optim)
     _ = plan.trace  # what is wrong with the model is said now

@@ -217,22 +217,21 @@ def replace_linear_layers(
     lora_alpha: float,
     *,
     target_modules: str | Sequence[str] = "all-linear",
-    skip: Sequence[str] = (),
     layer_class: type[QLoRALinear] = QLoRALinear,
     **settings: Any,
 ) -> list[str]:
     """Freeze `model` and put a `QLoRALinear` in the place of its linear layers.
 
-    Takes `target_modules` and `skip` as `find_linear_layers`; `FusedQLoRALinear` as the class, for
-    speed; and settings of a layer, such as `blocksize`. Returns the names of the layers. Raises
-    `LoRAError` for a model that has adapters already.
+    Takes `target_modules` as `find_linear_layers`; `FusedQLoRALinear` as the class, for speed; and
+    settings of a layer, such as `blocksize`. Returns the names of the layers. Raises `LoRAError`
+    for a model that has adapters already; after any later error, for NaN say, load the model again.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> replace_linear_layers(model, r=4, lora_alpha=8, skip=["2"])
+    >>> replace_linear_layers(model, r=4, lora_alpha=8, target_modules=["0"])
     ['0']
     """
     refuse_adapters(model)
-    names = find_linear_layers(model, target_modules, skip)
+    names = find_linear_layers(model, target_modules)
     model.requires_grad_(False)
     for name in names:
         linear: Any = model.get_submodule(name)
@@ -254,7 +253,7 @@ def merge_weight(
 
     `into="dequantized"` adds it to the weight that it was trained beside; "original" to the one
     from before quantisation; "4-bit" quantises the first sum again, as `quantized` was, and reads
-    it back, in its dtype and not `dtype`. Raises `LoRAError`, for NaN and infinity too.
+    it back in float32, whatever `dtype` is. Raises `LoRAError`, for NaN and infinity too.
 
     >>> merge_weight(quantize(torch.ones(1, 64)), 0.25 * torch.ones(1, 64))[0, :2]
     tensor([1.2500, 1.2500], dtype=torch.bfloat16)
@@ -263,13 +262,15 @@ def merge_weight(
         raise LoRAError(f"into must be one of {MERGE_TARGETS}, not {into!r}")
     base = original if into == "original" else quantized.dequantize(torch.float32)
     if base is None or base.shape != delta.shape:
-        found = "nothing" if base is None else tuple(base.shape)
+        found = "missing, pass it as original=" if base is None else tuple(base.shape)
         raise LoRAError(f"ΔW has shape {tuple(delta.shape)}; the weight to merge into: {found}")
-    merged = base.float() + delta.float()
-    if not merged.isfinite().all():
-        raise LoRAError("merging would write NaN or infinity; look for them in A, B and the base")
+    merged = base.to(delta.device).float() + delta.float()
+    result = merged if into == "4-bit" else merged.to(dtype)
+    if not result.isfinite().all():
+        where = f"the rounding to {dtype}" if merged.isfinite().all() else "A, B and the base"
+        raise LoRAError(f"merging would write NaN or infinity; look for them in {where}")
     if into != "4-bit":
-        return merged.to(dtype)
+        return result
     settings = (quantized.levels, quantized.blocksize, quantized.double_quant)
     return quantize(merged, *settings).dequantize()
 

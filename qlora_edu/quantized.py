@@ -112,7 +112,7 @@ class QuantizedTensor:
         return self.with_tensors({k: t.to(device=device) for k, t in self.tensors().items()})
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """List every tensor by the key bitsandbytes gives it; that one reads "nf4" and "fp4" back.
+        """List every tensor under bitsandbytes' keys; bitsandbytes can load "nf4" and "fp4".
 
         >>> sorted(quantize(torch.ones(64), double_quant=False).state_dict())
         ['weight', 'weight.absmax', 'weight.quant_map', 'weight.quant_state.bitsandbytes__nf4']
@@ -133,7 +133,7 @@ class QuantizedTensor:
             metadata["nested_offset"] = offset.item()
         else:
             tensors[f"{prefix}.absmax"] = self.constants
-        text = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8, device="cpu")
         return tensors | {f"{prefix}.quant_state.bitsandbytes__{self.levels_name}": text}
 
     @classmethod

@@ -12,6 +12,7 @@ from qlora_edu.adapters import (
     adapter_tensors,
     add_houlsby,
     add_lora,
+    check_tensors,
     find_linear_layers,
     load_adapters,
     lora_layers,
@@ -109,6 +110,16 @@ def test_adapters_are_swapped_on_one_base_without_a_trace():
     assert model.state_dict().keys() == base.state_dict().keys()
 
 
+def test_a_merged_adapter_is_taken_off_without_a_trace():
+    base = make("Llama")
+    model = copy.deepcopy(base)
+    add_lora(model, r=4, lora_alpha=8)
+    train_a_little(model)
+    model.model.layers[0].mlp.up_proj.merge()
+    remove_adapters(model)
+    assert torch.equal(logits(model), logits(base))
+
+
 def test_loading_copies_and_does_not_share():
     model = make("Llama")
     add_lora(model, r=4, lora_alpha=8)
@@ -172,6 +183,16 @@ def test_another_rank_lists_the_tensors():
         load_adapters(model, trained_tensors(other))
     assert str(error.value).startswith("tensors that do not fit (28): ")
     assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
+
+
+def test_an_option_is_offered_where_there_is_one():
+    model = make("Llama")
+    add_lora(model, r=4, lora_alpha=8)
+    fresh = adapter_tensors(model)
+    with pytest.raises(LoRAError, match=r"reach it\. allow_untrained=True loads it$"):
+        load_adapters(model, fresh)
+    with pytest.raises(LoRAError, match="did not reach it$"):
+        check_tensors(fresh, fresh)
 
 
 def test_an_untrained_adapter_loads_if_that_is_said():
@@ -246,7 +267,7 @@ def test_names_may_have_commas_between_and_spaces_around_them(targets):
 
 @pytest.mark.parametrize("targets", ["", [], " , "])
 def test_no_target_at_all_is_refused(targets):
-    with pytest.raises(LoRAError, match=r"called \[\].*'q_proj'"):
+    with pytest.raises(LoRAError, match="is empty: name some of .*'q_proj'.* 'all-linear'"):
         find_linear_layers(make("Llama"), targets)
 
 
@@ -260,11 +281,17 @@ def test_conv1d_of_gpt2_is_refused_in_clear_words(target_modules):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_where_every_linear_layer_is_left_out_the_reason_says_so():
-    with pytest.raises(LoRAError, match=r"is the head or in skip=\['0'\]: leave fewer out$"):
-        find_linear_layers(nn.Sequential(nn.Linear(4, 4)), skip=["0"])
-    with pytest.raises(LoRAError, match="but no weight"):
+def test_where_there_is_nothing_to_adapt_the_reason_names_what_there_is():
+    head_only = nn.Sequential(nn.Linear(4, 4))
+    head_only.get_output_embeddings = lambda: head_only[0]
+    with pytest.raises(LoRAError, match=r"but \['Linear'\]; the head is left out$"):
+        find_linear_layers(head_only)
+    with pytest.raises(LoRAError, match=r"but no weight; the head is left out$"):
         find_linear_layers(nn.Sequential(nn.ReLU()))
+    with pytest.raises(
+        LoRAError, match=r"0 cannot be adapted: Embedding is not a plain nn.Linear$"
+    ):
+        find_linear_layers(nn.Sequential(nn.Embedding(4, 4)), ["0"])
 
 
 @pytest.mark.parametrize("architecture", sorted(MODULES))

@@ -109,10 +109,14 @@ def test_guanaco_presets_are_the_papers():
         ({"max_new_tokens": -5}, "max_new_tokens must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 10},
+            r"warmup_steps must be 0 .*constant_with_warmup'\), not 10",
+        ),
         ({"batch_size": 2**31}, "batch_size must be at most"),
         ({"seed": 2**64}, "seed must be at most 2,147,483,647"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"name": "../x"}, "name must be a folder's name"),
+        ({"name": "../x"}, "name must be a folder's name: 1-100 letters, digits"),
         ({"name": ""}, "name must be text that can be printed"),
         ({"output_dir": ""}, "output_dir must be text that can be printed"),
         ({"train_data": "a\0b"}, "train_data must be text that can be printed"),
@@ -138,8 +142,9 @@ def test_a_wrong_setting_is_named(change, says):
 
 def test_settings_come_from_yaml(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("preset: guanaco-7b\nlearning_rate: 1e-4\nlora_alpha: 32\nmodel: my/model\n")
-    config = FinetuneConfig.from_yaml(path, max_steps=7)
+    own = "learning_rate: 1e-4\nlora_alpha: 32\nmodel: my/model\nmax_steps: 7\n"
+    path.write_text(f"preset: guanaco-7b\n{own}")
+    config = FinetuneConfig.from_yaml(path)
     assert config == FinetuneConfig.from_preset(
         "guanaco-7b", learning_rate=1e-4, lora_alpha=32.0, model="my/model", max_steps=7
     )

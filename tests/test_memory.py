@@ -237,6 +237,13 @@ def test_the_smallest_state_that_is_paged_is_the_one_of_bitsandbytes():
         (({"model_type": "llamma"},), "this describes no model"),
         ((3,), "this describes no model"),
         (({"model_type": "t5"},), "no causal language model"),
+        (({"model_type": "resnet"},), "no causal language model"),
+        (({"model_type": "mamba"}, "full"), "a step of MambaConfig cannot be traced"),
+        (({**LLAMA, "num_attention_heads": 0},), "describes no model"),
+        (({**LLAMA, "num_attention_heads": 3},), "describes no model"),
+        (({**LLAMA, "num_key_value_heads": 0},), "no causal language model"),
+        (({**LLAMA, "num_hidden_layers": 0}, "full"), "no list of 0 blocks"),
+        ((LLAMA, "qlora", dict.fromkeys("hgfedcba", 1)), "no setting 'h'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -253,6 +260,12 @@ def test_a_model_and_a_folder_are_as_good_as_a_configuration(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     peaks = {plan_memory(m, "lora").peak_bytes for m in (config, model, tmp_path, str(tmp_path))}
     assert len(peaks) == 1
+
+
+def test_a_folder_with_a_broken_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_attention_heads": 0}))
+    with pytest.raises(PlanError, match="has no config.json that describes a model"):
+        plan_memory(tmp_path)
 
 
 def test_a_name_may_be_written_in_capitals():

@@ -772,7 +772,7 @@ def test_the_surviving_share_by_hand():
     ("arguments", "says"),
     [
         ({"into": "8-bit"}, "into must be one of"),
-        ({"into": "original"}, "nothing"),
+        ({"into": "original"}, "missing, pass it as original="),
         ({"into": "original", "original": torch.ones(3, 3)}, r"\(3, 3\)"),
         ({"delta": torch.ones(2, 2)}, r"\(2, 2\)"),
         ({"delta": torch.full((128, 256), torch.nan)}, "NaN"),
@@ -782,6 +782,23 @@ def test_a_merge_that_cannot_work_is_refused(arguments, says):
     layer, _, delta = layer_to_merge()
     with pytest.raises(LoRAError, match=says):
         merge_weight(layer.weight, **{"delta": delta, **arguments})
+
+
+def test_a_sum_that_the_dtype_cannot_hold_is_refused():
+    layer, _, delta = layer_to_merge()
+    large = torch.full_like(delta, 1e5)  # float16 ends at 65504
+    with pytest.raises(LoRAError, match="infinity; look for them in the rounding to torch.float16"):
+        merge_weight(layer.weight, large, dtype=torch.float16)
+    assert merge_weight(layer.weight, large).isfinite().all()
+    assert merge_weight(layer.weight, large, "4-bit", dtype=torch.float16).dtype == torch.float32
+
+
+def test_the_original_is_brought_to_the_device_of_the_adapter(monkeypatch):
+    """As with a card, where the original was never on it; "meta" stands for the card."""
+    monkeypatch.setattr(Tensor, "isfinite", lambda self: torch.tensor(True))
+    layer, original, delta = layer_to_merge()
+    merged = merge_weight(layer.weight, delta.to("meta"), "original", original)
+    assert merged.device.type == "meta" and merged.dtype == torch.bfloat16
 
 
 def test_merging_keeps_the_settings_of_the_quantisation():

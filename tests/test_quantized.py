@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import blocksizes, tensors, unhurried, weights
 
-from qlora_edu import QuantizedTensor, blockwise, quantize
+from qlora_edu import QuantizedTensor, blockwise, double_quant, kernels, quantize
 from qlora_edu.blockwise import BLOCKSIZES, DTYPES
 from qlora_edu.codebooks import LEVELS
 from qlora_edu.double_quant import NESTED_BLOCKSIZE, QuantizedAbsmax
@@ -352,6 +352,25 @@ def test_an_unsupported_blocksize_is_refused_by_value(blocksize):
 
 
 # What a user of PyTorch expects
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_no_default_of_torch_reaches_a_quantised_tensor(levels):
+    """Neither the default dtype nor the default device, nor the tables that are made only once."""
+    weight = normal(3, 100)
+    expected = quantize(weight, levels)
+    for table in (double_quant.codes_of_grid, kernels._codes_in_bytes):
+        table.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = quantize(weight, levels)
+            state, back = found.state_dict(), found.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in expected.state_dict().items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert torch.equal(back, expected.dequantize())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

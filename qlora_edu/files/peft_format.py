@@ -37,15 +37,16 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
 
     The folder is written whole or not at all, and names `base_model` for whoever loads it.
 
-    Raises `LoRAError` for layers that differ in rank, alpha or dropout, and if there is none, or
-    more than the adapter is trained; `RunExistsError` if the folder is there already.
+    Raises `LoRAError` for layers that differ in r, lora_alpha or lora_dropout, for NaN or infinity,
+    if there is none, or more than the adapter is trained; `RunExistsError` if the folder is there.
     """
     from safetensors.torch import save_file
 
     layers, folder = lora_layers(model), Path(folder)
     settings = {(layer.r, layer.lora_alpha, layer.lora_dropout.p) for layer in layers.values()}
     if len(settings) != 1:
-        raise LoRAError(f"one (r, alpha, dropout) fits in a file; this model has {settings or 0}")
+        found = settings or "no adapted layer: call add_lora first"
+        raise LoRAError(f"one (r, lora_alpha, lora_dropout) fits in a file; this model has {found}")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if others := [name for name in trained if not name.endswith(("lora_A", "lora_B"))]:
         raise LoRAError(f"{_list(others)} would not be saved; freeze them, or save with PEFT")
@@ -62,6 +63,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model: str = "") -> 
         "bias": "none",
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise LoRAError(f"NaN or infinity is never saved; go back to a checkpoint: {_list(bad)}")
     with atomic.folder(folder) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -73,7 +76,7 @@ def load_adapter(
     """Load a folder that `save_adapter` or PEFT has written; returns its `adapter_config.json`.
 
     `model` gets the layers that the file has tensors for. Adapted layers that are there already, a
-    `QLoRALinear` for example, must agree in rank and alpha.
+    `QLoRALinear` for example, must agree in r and lora_alpha.
 
     Raises `LoRAError`, and leaves the model as it was, if a file cannot be read, plain LoRA layers
     cannot hold the adapter (DoRA, rsLoRA, ...), or `load_adapters` refuses it.
@@ -87,7 +90,8 @@ def load_adapter(
         tensors = load_file(folder / "adapter_model.safetensors")
         r, lora_alpha, _ = config["r"], config["lora_alpha"], config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise LoRAError(f"{folder} holds no adapter to be read: {error!r}") from error
+        what = f"{folder} holds no adapter_config.json and adapter_model.safetensors to be read"
+        raise LoRAError(f"{what}: {error!r}") from error
     other = {k: v for k, v in config.items() if k not in _FREE and v and v not in _PLAIN.get(k, [])}
     if other:
         raise LoRAError(f"plain LoRA layers cannot hold an adapter with {other}; load it with PEFT")
@@ -98,7 +102,7 @@ def load_adapter(
     own = {(layer.r, layer.lora_alpha) for layer in layers.values()}
     if layers and list(own) != [(r, lora_alpha)]:
         what = f"the adapter has (r, lora_alpha) = {(r, lora_alpha)}, the layers of the model {own}"
-        raise LoRAError(f"{what}: the outputs would be scaled wrongly")
+        raise LoRAError(f"{what}: outputs would be scaled wrongly; make the layers with the former")
     if not layers:
         names = [name.removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name]
         targets = [name.removesuffix(".lora_A.weight") for name in names]

@@ -117,7 +117,7 @@ def causal_model(config: Any, dtype: str) -> Any:
         raise PlanError(f"{what} the next token; take a decoder, such as llama")
     try:
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise PlanError(f"no causal language model can be made of this: {error}") from error
 
 
@@ -149,8 +149,7 @@ def _their_layer(linear: nn.Linear, settings: StepSettings, fake: bool) -> nn.Mo
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    kept: dict[str, Any] = {"quant_type": settings.quant_type}
-    kept["compress_statistics"] = settings.double_quant
+    kept: Any = {"quant_type": settings.quant_type, "compress_statistics": settings.double_quant}
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     with unset_fake_temporarily():
         layer = Linear4bit(*shape, getattr(torch, settings.dtype), **kept, device="meta")
@@ -185,15 +184,13 @@ def pretend_to_quantize(
 def add_adapters(
     model: nn.Module, settings: StepSettings, adapted: Sequence[str], fake: bool = False
 ) -> nn.Module:
-    """Freeze what the method freezes, add what it trains, in `adapter_dtype`; returns the model.
-
-    `adapted` is what `quantize_layers` returned.
-    """
+    """Freeze and add what the method does, in `adapter_dtype`; `quantize_layers` gave `adapted`."""
+    targets = settings.target_modules
+    own: Any = {} if targets == "all-linear" else {"target_modules": targets}  # Houlsby's are fewer
     if settings.method == "houlsby":
-        add_houlsby(model, settings.bottleneck)
+        add_houlsby(model, settings.bottleneck, **own)
     elif settings.method == "lora":
-        lora: Any = {"target_modules": settings.target_modules}
-        add_lora(model, settings.r, LORA_ALPHA, lora_dropout=settings.lora_dropout, **lora)
+        add_lora(model, settings.r, LORA_ALPHA, lora_dropout=settings.lora_dropout, **own)
     elif settings.method == "qlora":
         if settings.backend == "bitsandbytes":  # ours came with the layers
             _add_their_adapters(model, settings, adapted, fake)
@@ -226,9 +223,8 @@ def _add_their_adapters(
         else:  # PEFT moves adapters to a device, which no fake tensor can; from `meta` it does not
             with unset_fake_temporarily():
                 inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-            for part in [part for part in model.modules() if type(part) is nn.Linear]:
-                if part.weight.is_meta:
-                    part.weight = nn.Parameter(torch.empty(part.weight.shape))
+            for part in [m for m in model.modules() if type(m) is nn.Linear and m.weight.is_meta]:
+                part.weight = nn.Parameter(torch.empty(part.weight.shape))
     forbid_cpu_repacking(model)
 
 
@@ -260,46 +256,45 @@ def without_memory(settings: StepSettings) -> Iterator[None]:
             CHUNK_SIZE.reset(token)
 
 
-def trace_step(config: Any, settings: StepSettings, batch: int = 2, length: int = 512) -> StepTrace:
+def trace_step(config: Any, settings: StepSettings, batch_size: int, max_length: int) -> StepTrace:
     """Trace a step of this model; takes a second at the first call, and nothing afterwards.
 
-    Raises:
-        PlanError: see `build_model`; or a step needs the numbers themselves, which do not exist
-            here, or takes other operations at another length.
+    Raises `PlanError` as `build_model`, and for a step that needs the numbers themselves, which do
+    not exist here, or takes other operations at another length.
     """
     # Lengths beyond a sliding window are a case of their own: they bring a mask. So is a batch of
     # one: a slice of it needs no copy.
     window = getattr(config.get_text_config(), "sliding_window", None) or 0
-    beyond = window if length > window else 0
+    beyond = window if max_length > window else 0
     # The choice of an attention is no part of a configuration's JSON, but decides what is kept.
     attention = getattr(config, "_attn_implementation", None)
-    case = (type(config), attention, settings, min(batch, 2), beyond)
+    case = (type(config), attention, settings, min(batch_size, 2), beyond)
     return _trace_cached(config.to_json_string(), *case)
 
 
 @lru_cache(maxsize=256)
 def _trace_cached(
-    shape: str, kind: type, attention: str | None, settings: StepSettings, batch: int, beyond: int
+    shape: str, kind: type, attention: Any, settings: StepSettings, batch_size: int, beyond: int
 ) -> StepTrace:
-    config = kind.from_dict(json.loads(shape), attn_implementation=attention)
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    text.num_hidden_layers = min(depth, BLOCKS)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:BLOCKS]
     lengths = [beyond + length for length in LENGTHS]
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # what is released must be released at the same moment in every run
     try:
+        config = kind.from_dict(json.loads(shape), attn_implementation=attention)
+        text = config.get_text_config()
+        depth = getattr(text, "num_hidden_layers", 0)  # what has none is refused below
+        text.num_hidden_layers = min(depth, BLOCKS)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:BLOCKS]
         with without_memory(settings):
             model = build_model(config, settings, fake=True)
-            rows = [torch.zeros(batch, n, dtype=torch.long) for n in (lengths[0], *lengths)]
+            rows = [torch.zeros(batch_size, n, dtype=torch.long) for n in (lengths[0], *lengths)]
             runs = [trace_run(model, x, lambda m, x: training_loss(m, x, settings)) for x in rows]
             runs = runs[1:]  # the first run fills caches
             parts = find_blocks(model)
             whole, in_block = weigh(model), weigh(model, parts[-1], but=parts[0])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         what = f"a step of {kind.__name__} cannot be traced without numbers, in these dtypes"
         raise PlanError(f"{what}: {type(error).__name__}: {error}") from error
     finally:
@@ -307,7 +302,7 @@ def _trace_cached(
             gc.enable()
     if len({(tuple(run.kinds), tuple(run.marks.items())) for run in runs}) > 1:
         raise PlanError(f"{kind.__name__}: the steps of this model depend on the length")
-    basis = np.array([[1, batch * length, batch * length**2] for length in lengths])
+    basis = np.array([[1, batch_size * n, batch_size * n**2] for n in lengths])
     return StepTrace(
         depth=depth,
         blocks=len(parts),

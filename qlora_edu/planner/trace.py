@@ -209,7 +209,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of a transformer's blocks."""
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and 0 < len(module) == depth:
             return module
     raise PlanError(f"{type(model).__name__} has no list of {depth} blocks")
 
@@ -310,9 +310,9 @@ class StepTrace:
         """Numbers and bytes of each tensor of the whole model that is trained."""
         return [*self.trained_outside, *self.depth * self.trained_in_block]
 
-    def live(self, batch: int, length: int) -> np.ndarray:
+    def live(self, batch_size: int, max_length: int) -> np.ndarray:
         """Live bytes above the weights after each event of a step, `[events, kinds]`."""
-        changes = np.array([1, batch * length, batch * length**2]) @ self.changes
+        changes = np.array([1, batch_size * max_length, batch_size * max_length**2]) @ self.changes
         live = np.cumsum(np.eye(len(KINDS))[self.kinds] * changes[:, None], axis=0)
         if self.depth > self.blocks:
             live += (self.depth - self.blocks) * self._per_block(live)

@@ -88,8 +88,10 @@ class FinetuneConfig:
         for setting in fields(self):
             value = _checked(setting.name, getattr(self, setting.name), hints[setting.name])
             object.__setattr__(self, setting.name, value)
+        is_name = re.fullmatch(r"\w[\w.+=-]{0,99}", self.name)
+        warms = self.warmup_steps and self.lr_scheduler_type == "constant"
         for name, is_right, wanted in (
-            ("name", re.fullmatch(r"\w[\w.+=-]{0,99}", self.name), "a folder's name, without a /"),
+            ("name", is_name, "a folder's name: 1-100 letters, digits or _ (then . + = - too)"),
             ("target_modules", all(self.targets), "'all-linear' or names with commas"),
             ("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0 and finite"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
@@ -98,6 +100,7 @@ class FinetuneConfig:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             ("max_grad_norm", 0 < self.max_grad_norm < math.inf, "above 0 and finite"),
             ("answer_rows", self.answer_rows <= self.held_out_rows, "in 0 … held_out_rows"),
+            ("warmup_steps", not warms, "0 with schedule 'constant' (take 'constant_with_warmup')"),
         ):
             if not is_right:
                 raise ConfigError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
@@ -123,14 +126,13 @@ class FinetuneConfig:
         return cls(**_known({"name": preset, **PRESETS[preset], **overrides}))
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+    def from_yaml(cls, path: str | Path) -> Self:
         """Read settings from YAML; an entry `preset:` names where to start from."""
         import yaml
 
         advice = "write a `name: value` per line, of every setting or beside a `preset: name`"
         with reading(path, ConfigError, advice):
-            settings = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-            settings = _known(settings | overrides, "preset")
+            settings = _known(dict(yaml.safe_load(Path(path).read_text("utf-8"))), "preset")
             if "preset" in settings:
                 return cls.from_preset(settings.pop("preset"), **settings)
             return cls(**settings)

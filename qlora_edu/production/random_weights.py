@@ -30,8 +30,8 @@ def random_tensor(
     tensor([1., 1., 1.])
     """
     if len(shape) == 1:
-        filled = torch.ones if "norm" in name and name.endswith("weight") else torch.zeros
-        return filled(*shape, dtype=dtype, device=device)
+        is_norm = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
+        return (torch.ones if is_norm else torch.zeros)(*shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     values = torch.empty(*shape, dtype=dtype, device=device)
     return values.normal_(0, 0.02, generator=generator)  # Llama's own initializer_range

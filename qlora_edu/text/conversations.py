@@ -126,7 +126,7 @@ def encode_messages(
     from jinja2 import TemplateError
 
     if not messages:
-        raise DataError(f"{where}: the conversation begins with an answer; put its question before")
+        raise DataError(f"{where}: the conversation begins with an answer or is empty; ask first")
     # The template writes control tokens as text. So each that somebody has typed is replaced by a
     # character that nobody has, and spelt out once the text is written.
     said = "".join(message["content"] for message in messages)
@@ -146,18 +146,18 @@ def encode_messages(
     ids = []
     for part in re.split(f"([{''.join(typed)}])", text) if typed else [text]:
         if part in typed:
-            ids += encode_plain(tokenizer, typed[part])
+            ids += encode_plain(tokenizer, typed[part], where)
         else:  # without a warning of its length
             ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def encode_plain(tokenizer: Any, text: str) -> list[int]:
+def encode_plain(tokenizer: Any, text: str, where: str = "this text") -> list[int]:
     """Token ids of text as text: a special token in it is spelt out, or it is a `DataError`."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     ids = tokenizer(text, **options)["input_ids"]
-    if set(_special_tokens(tokenizer).values()).intersection(ids):
-        raise DataError(f"the tokenizer reads a part of {text[:40]!r} as control: take it out")
+    if read := set(_special_tokens(tokenizer).values()).intersection(ids):
+        raise DataError(f"{where}: {tokenizer.decode([*read])!r} is read as control: take it out")
     return ids
 
 
@@ -170,7 +170,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], max_length: int
 ) -> list[dict[str, list[int]]]:
-    """Encode many; print which answers `max_length` cuts short, or away, and with them the row."""
+    """Encode many; leave rows out whose whole answer is cut; print these, and what is shortened."""
     encoded, shortened, lost = [], [], []
     require_counts(DataError, max_length=max_length)
     for number, messages in enumerate(conversations, start=1):
@@ -231,7 +231,7 @@ def messages_of(row: Any, where: str) -> list[Message]:
 
 def _is_message(turn: Any) -> bool:
     if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
-        return False  # what stands beside them would be lost
+        return False  # other keys would be lost
     return turn["role"] in ROLES and isinstance(turn["content"], str)
 
 

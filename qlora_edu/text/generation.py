@@ -72,7 +72,7 @@ def generate_tokens(
     if not prompts or not all(map(len, prompts)):
         raise GenerationError("a prompt is empty; there is nothing to go on from")
     device, longest = next(model.parameters()).device, max(map(len, prompts))
-    room = getattr(model.config, "max_position_embeddings", longest + max_new_tokens)
+    room = getattr(model.config, "max_position_embeddings", None) or longest + max_new_tokens
     if longest >= room:
         raise GenerationError(
             f"the prompt has {longest:,} tokens, and the model {room:,} positions for it and the "

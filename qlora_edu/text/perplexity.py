@@ -54,7 +54,7 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
     rows = []
     for where, document in read_jsonl(Path(path)):
         if isinstance(document, dict) and isinstance(document.get("text"), str):
-            plain = encode_plain(tokenizer, document["text"])
+            plain = encode_plain(tokenizer, document["text"], where)
             around = [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
             ids = [token for token in around if token is not None]
         else:
@@ -65,10 +65,7 @@ def encode_text(tokenizer: Any, path: str | Path, max_length: int = 192) -> list
 
 @torch.no_grad()
 def surprise(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 50) -> Surprise:
-    """The loss of a causal language model on the token ids of each document, in the order given.
-
-    Each has two tokens or more: the first is only read.
-    """
+    """The loss of a causal model on each document: two tokens or more, the first is only read."""
     require_counts(DataError, batch_size=batch_size)
     tokens = torch.tensor([len(row) - 1 for row in rows])
     if (tokens < 1).any():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import warnings
 
 import pytest
@@ -163,7 +164,7 @@ def test_a_cut_file_and_a_missing_one_are_refused(tmp_path):
     folder = saved(tmp_path)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(LoRAError, match="no adapter"):
+    with pytest.raises(LoRAError, match=r"no adapter_config\.json and adapter_model\.safetensors"):
         load_adapter(make("Llama"), folder)
     path.unlink()
     with pytest.raises(LoRAError, match="no adapter"):
@@ -191,7 +192,7 @@ def test_an_adapter_for_other_layers_lists_them(tmp_path):
 def test_another_alpha_is_refused_where_the_layers_are_there(tmp_path):
     folder, model = saved(tmp_path), make("Llama")
     replace_linear_layers(model, r=4, lora_alpha=16)
-    with pytest.raises(LoRAError, match="scaled wrongly"):
+    with pytest.raises(LoRAError, match="scaled wrongly; make the layers with the former"):
         load_adapter(model, folder)
 
 
@@ -210,6 +211,16 @@ def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    model = make("Llama")
+    add_lora(model, r=4, lora_alpha=8)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.lora_A[0, 0] = math.inf
+    with pytest.raises(LoRAError, match=r"never saved.*0\.mlp\.up_proj\.lora_A\.weight$"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_would_not_be_saved_is_refused(tmp_path):
     model = make("Qwen2")
     add_lora(model, r=4, lora_alpha=8)
@@ -223,7 +234,9 @@ def test_layers_that_differ_do_not_fit_in_a_file(tmp_path):
     layer = model.model.layers[0].mlp
     layer.up_proj = LoRALinear(layer.up_proj, r=2, lora_alpha=4)
     layer.down_proj = LoRALinear(layer.down_proj, r=4, lora_alpha=4)
-    with pytest.raises(LoRAError, match="one"):
+    with pytest.raises(
+        LoRAError, match=r"one \(r, lora_alpha, lora_dropout\) fits.*\(2, 4, 0\.0\)"
+    ):
         save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(LoRAError, match="one"):
+    with pytest.raises(LoRAError, match="no adapted layer: call add_lora first"):
         save_adapter(make("Llama"), tmp_path / "adapter")

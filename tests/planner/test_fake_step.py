@@ -170,3 +170,12 @@ def test_step_settings_know_what_bitsandbytes_has_not():
         StepSettings(quant_type="af4", backend="bitsandbytes")
     names = StepSettings(target_modules=["q_proj"]).target_modules
     assert names == ("q_proj",)
+
+
+def test_houlsby_goes_behind_the_layers_that_are_named():
+    chosen = {"bottleneck": 8, "device": "cpu"}
+    usual = plan_memory(make_config(), "houlsby", **chosen).trace.trained
+    named = plan_memory(make_config(), "houlsby", target_modules=("down_proj",), **chosen)
+    assert 0 < len(named.trace.trained) == len(usual) / 2
+    with pytest.raises(PlanError, match=r"'houlsby' does not fit.*no layer is called \['w_proj'\]"):
+        plan_memory(make_config(), "houlsby", target_modules=("w_proj",), **chosen)

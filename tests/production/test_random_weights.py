@@ -16,7 +16,7 @@ from qlora_edu.planner.fake_step import StepSettings
 from qlora_edu.planner.trace import weigh
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import load_base
-from qlora_edu.production.random_weights import random_tensor, write_random
+from qlora_edu.production.random_weights import random_tensor, skeleton_of, write_random
 
 SMALL = {
     "model_type": "llama",
@@ -180,3 +180,14 @@ def test_norms_are_ones_and_names_decide():
 def test_a_description_of_no_model_is_refused(tmp_path):
     with pytest.raises(PlanError):
         write_random(tmp_path / "x", {"model_type": "nothing"})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "falcon", "gpt_neox"])
+def test_the_norms_of_every_architecture_are_ones(kind):
+    skeleton = skeleton_of({"model_type": kind, "num_hidden_layers": 1}, "float32")
+    norms = [
+        f"{n}.weight" for n, m in skeleton.named_modules() if isinstance(m, torch.nn.LayerNorm)
+    ]
+    assert norms
+    for name in norms:
+        assert (random_tensor(name, [4], torch.float32) == 1).all(), name

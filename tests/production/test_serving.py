@@ -117,7 +117,7 @@ def test_bad_merges_are_refused():
     model, _ = load()
     with pytest.raises(LoRAError, match="into must be one of"):
         merged_tensors(model, "5-bit")
-    with pytest.raises(LoRAError, match="nothing"):
+    with pytest.raises(LoRAError, match="missing, pass it as original="):
         merged_tensors(model, "original")
     model.peft_config["default"].modules_to_save = ["embed_tokens"]
     with pytest.raises(LoRAError, match="modules_to_save"):

@@ -295,12 +295,14 @@ def test_ids_are_those_of_the_tokenizers_own_template(tokenizer):
 
 def test_a_special_token_that_cannot_be_spelt_out_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: {"input_ids": [2]})
-    with pytest.raises(DataError, match=r"reads a part of 'a<\|end\|>' as control"):
-        encode_plain(tokenizer, "a<|end|>")
+    with pytest.raises(DataError, match=r"f\.jsonl:7: '<\|end\|>' is read as control"):
+        encode_plain(tokenizer, "a<|end|>", "f.jsonl:7")
 
 
 def test_a_conversation_that_begins_with_an_answer_is_refused(tokenizer):
-    with pytest.raises(DataError, match=r"f\.jsonl:7: .*begins with an answer"):
+    with pytest.raises(
+        DataError, match=r"f\.jsonl:7: .*begins with an answer or is empty; ask first"
+    ):
         encode_conversation(tokenizer, Conversation(talk("Who?", "Ida")[1:], "f.jsonl:7"))
 
 

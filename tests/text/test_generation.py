@@ -1,5 +1,7 @@
 """Support for chapter 10: our loop says what transformers' says, alone and in a batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -176,6 +178,20 @@ def test_it_stops_at_the_end_token_at_the_limit_and_where_positions_end(tuned, p
     assert len(list(generate_tokens(model, nearly, -1, max_new_tokens=50))) == 2
     with pytest.raises(GenerationError, match=f"{positions:,} positions"):
         next(generate_tokens(model, [[9] * positions], end))
+
+
+def test_a_model_that_names_no_last_position_goes_on(tuned, prompts):
+    model, tokenizer = tuned
+
+    class Endless:
+        config = SimpleNamespace(max_position_embeddings=None)
+        parameters = model.parameters
+
+        def __call__(self, **inputs):
+            return model(**inputs)
+
+    expected = sample_answers(model, tokenizer, prompts[:2], max_new_tokens=20)
+    assert sample_answers(Endless(), tokenizer, prompts[:2], max_new_tokens=20) == expected
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[5], []]])
