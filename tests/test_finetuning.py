@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_base, make_rows, write_jsonl
 
 from qlora_edu import finetune as run_finetune
+from qlora_edu.compat import forbid_cpu_repacking
 from qlora_edu.errors import (
     ConfigError,
     DataError,
@@ -477,6 +478,15 @@ def test_a_batch_may_pass_an_expert_by_but_not_spoil_it(config, tmp_path):
     expert.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(TrainingError, match=r"the gradient of base_model\.experts\.0 is"):
         check_gradients(model, batch)
+
+
+def test_repacking_is_forbidden_wherever_it_could_be():
+    layer = torch.nn.Linear(1, 1)
+    layer.support_avx512bf16_for_cpu = True
+    model = torch.nn.Sequential(torch.nn.Sequential(layer), torch.nn.Linear(1, 1))
+    forbid_cpu_repacking(model)
+    assert layer.support_avx512bf16_for_cpu is False
+    assert not hasattr(model[1], "support_avx512bf16_for_cpu")
 
 
 def test_evaluation_before_training_cuts_gradients_only_if_repacking_is_allowed(config, tmp_path):
