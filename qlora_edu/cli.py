@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from qlora_edu.errors import ConfigError, PlanError, QloraError, did_you_mean
+from qlora_edu.errors import ConfigError, GenerationError, PlanError, QloraError, did_you_mean
 
 PLANNED = {  # what a setting of the planner means; the others mean what they mean in a fine-tune
     "method": "full, lora, qlora or houlsby",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(finished.code or 0)
     except (QloraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | PlanError) else 1
+        return 2 if isinstance(error, ConfigError | GenerationError | PlanError) else 1
     except KeyboardInterrupt as stopped:
         print(f"\n{str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
@@ -93,8 +93,7 @@ def plan(argv: Sequence[str]) -> int:
     planned = plan_memory(given.pop("model"), given.pop("method"), **given)
     size = f"batch {planned.batch_size} of {planned.max_length:,} tokens"
     print(f"{planned.name}, {planned.settings.method}: {size}")
-    print(planned.table())
-    print(planned.sentence(card))
+    print(planned.table(), planned.sentence(card), sep="\n")
     return int(planned.peak_bytes + RESERVE > card * GIB)
 
 
@@ -107,6 +106,7 @@ def finetune(argv: Sequence[str]) -> int:
 
     from qlora_edu.finetuning import finetune as run
     from qlora_edu.production.config import PRESETS, FinetuneConfig
+    from qlora_edu.production.run_folder import choose_output_dir
 
     start = argparse.ArgumentParser("qlora_edu finetune", add_help=False, allow_abbrev=False)
     start.add_argument("--preset", default="embedded", help=", ".join(PRESETS))
@@ -117,8 +117,7 @@ def finetune(argv: Sequence[str]) -> int:
         config = FinetuneConfig.from_preset(chosen.preset)
     else:
         config = FinetuneConfig.from_yaml(chosen.config)
-    usage = "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]"
-    about = _about("finetune", usage)
+    about = _about("finetune", "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]")
     parser = HfArgumentParser(FinetuneConfig, **about, parents=[start])  # type: ignore[arg-type]
     parser.set_defaults(**asdict(config))
     metavars: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
@@ -131,6 +130,9 @@ def finetune(argv: Sequence[str]) -> int:
     given = _parse(parser, argv)
     config = FinetuneConfig(**{name: given[name] for name in asdict(config)})
     print(f"computing with {choose_threads()}")
+    if config.output_dir is None:  # chosen here, so that the way to go on can name it
+        config = config.replace(output_dir=str(choose_output_dir(config, chosen.resume)))
+        argv = [*argv, f"output_dir={config.output_dir}"]
     try:
         run(config, resume=chosen.resume)
     except KeyboardInterrupt as stopped:
@@ -152,18 +154,19 @@ def chat(argv: Sequence[str]) -> int:
     add("--adapter", action="append", default=[], metavar="NAME=FOLDER", help="one or several")
     add("--use", nargs="+", metavar="NAME", help="one system, or two to compare")
     add("--method", default="qlora", help="qlora: the base in 4 bits; lora: as it is")
+    add("--chat_template", help="guanaco, for what was trained with it; None: the tokenizer's")
     add("--temperature", type=float, default=0.0, help="0 is greedy; higher is freer")
     add("--top_p", type=float, default=0.9, help="share of the likeliest that are drawn from")
-    add("--length", type=int, default=96, help="the most tokens of an answer")
+    add("--max_new_tokens", type=int, default=96, help="the most tokens of an answer")
     add("--remember", action="store_true", help="hand earlier messages on")
     given = parser.parse_args(argv)
-    check_sampling(given.temperature, given.top_p, given.length)
+    check_sampling(given.temperature, given.top_p, given.max_new_tokens)
     adapters = dict(word.partition("=")[::2] for word in given.adapter)
-    if not all([*adapters, *adapters.values()]):
-        parser.error(f"--adapter: NAME=FOLDER is wanted, not {given.adapter}")
-    talk = load_chat(given.model, adapters, given.method)
+    if not all([*adapters, *adapters.values()]) or len(adapters) < len(given.adapter):
+        parser.error(f"--adapter: NAME=FOLDER is wanted, each name once, not {given.adapter}")
+    talk = load_chat(given.model, adapters, method=given.method, chat_template=given.chat_template)
     talk.temperature, talk.top_p = given.temperature, given.top_p
-    talk.max_new_tokens, talk.remember = given.length, given.remember
+    talk.max_new_tokens, talk.remember = given.max_new_tokens, given.remember
     systems = given.use or ["all" if "all" in talk.shelf.names else talk.shelf.names[-1]]
     for name in systems:
         talk.shelf.check(name)
@@ -189,7 +192,6 @@ def _about(name: str, usage: str) -> dict[str, Any]:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse everything, `name=value` too; for a name that is none, suggest the nearest."""
-
     found, rest = parser.parse_known_args(_spell_out(argv))
     if rest:
         names = [word[2:] for word in parser._option_string_actions if word.startswith("--")]

@@ -8,7 +8,6 @@ traps (`BitsAndBytesConfig` alone would give FP4, float32, and no double quantis
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,7 @@ from qlora_edu.compat import quiet
 from qlora_edu.errors import ConfigError, TrainingError
 from qlora_edu.memory import MemoryPlan, plan_memory
 from qlora_edu.planner.fake_step import StepSettings
-from qlora_edu.production.checkpoints import (
-    check_metadata,
-    latest_checkpoint,
-    run_metadata,
-    writing,
-)
+from qlora_edu.production.checkpoints import check_metadata, latest_checkpoint, run_metadata
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.production.loading import check_positions, check_targets, load_base, locate
 from qlora_edu.production.run_folder import (
@@ -34,6 +28,7 @@ from qlora_edu.production.run_folder import (
     choose_output_dir,
     remove_checkpoints,
     remove_parts,
+    reserved,
     write_run,
 )
 from qlora_edu.text.conversations import encode_conversations, read_conversations
@@ -51,41 +46,43 @@ def finetune(config: FinetuneConfig, progress: bool = True, resume: bool = False
         advice = "start `python -m qlora_edu finetune` by itself, without accelerate or torchrun"
         raise ConfigError(f"this course fine-tunes in one process, on one GPU: {advice}")
     folder = choose_output_dir(config, resume)
-    if resume:
-        remove_parts(folder)
-    with writing(folder) as part:
-        run = Run(config=config, folder=folder, part=part, progress=progress)
+    run = Run(config=config, folder=folder, progress=progress)
+    with reserved(folder):
+        if resume:
+            remove_parts(folder)
         with run.saying_where():
             prepare(run, resume)
             run.before = run.before or measure(run)
-            train(run)
-            run.after = measure(run)
             with quiet():
-                write_run(run)
-    remove_checkpoints(folder)
+                run.trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+            run.model.eval()
+            run.after = measure(run)
+            write_run(run)
+        remove_checkpoints(folder)
     run.trainer = None  # and with it the optimizer's states
-    print(f"run folder {folder}; the training time leaves out loading and both measurements")
+    print(f"run folder: {folder}\nthe training time leaves out loading and both measurements")
     print(run.closing_line())
     return run
 
 
 def prepare(run: Run, resume: bool) -> None:
-    """Load model and rows, hold them against the checkpoint, and make the trainer."""
+    """Load model and rows, compare them with the checkpoint, and make the trainer."""
     from qlora_edu.production.callback import FinetuneCallback
 
     config, saved = run.config, checkpoints_of(run.folder)
     found = latest_checkpoint(saved) if resume else None
     model, run.tokenizer = load_base(config)
     check_targets(model, config)
-    held_out = read_conversations(locate(config.held_out_data), "test")
-    run.held_out = held_out[: config.held_out_rows]
+    run.held_out = read_conversations(locate(config.held_out_data), "test")[: config.held_out_rows]
     run.encoded = encode_conversations(run.tokenizer, run.held_out, config.max_length)
     train_data = read_conversations(locate(config.train_data), "train")
     run.rows = encode_conversations(run.tokenizer, train_data, config.max_length)
     check_positions(model, run.encoded + run.rows)
     run.metadata = run_metadata(config, locate(config.model), run.rows, run.encoded)
-    limit, asked = config.max_new_tokens, run.encoded[: config.answer_rows]
-    if long := sum(sum(label != -100 for label in row["labels"]) > limit for row in asked):
+    limit, asked = config.max_new_tokens, run.held_out[: config.answer_rows]
+    plain = {"add_special_tokens": False, "verbose": False}
+    answers = [run.tokenizer(row[-1]["content"], **plain)["input_ids"] for row in asked]
+    if long := sum(len(ids) + 1 > limit for ids in answers):  # with the end token
         print(f"warning: {long} held-out answers have more than max_new_tokens={limit} tokens")
     if found:
         run.checkpoint, metadata = found
@@ -93,7 +90,7 @@ def prepare(run: Run, resume: bool) -> None:
         print(f"resumed from {run.checkpoint.name}: step {metadata['step']} of {config.max_steps}")
     elif resume:
         print(f"no checkpoint in {saved} yet: the run starts from its beginning")
-    run.trainer = make_trainer(config, model, run.tokenizer, run.rows, run.part)
+    run.trainer = make_trainer(config, model, run.tokenizer, run.rows, saved)
     run.trainer.add_callback(FinetuneCallback(run))
     run.model = run.trainer.model
     print(f"{config.method}: {config.model}, {run.trainable_parameters:,} parameters to train")
@@ -104,19 +101,11 @@ def measure(run: Run) -> Scores:
     asked, size = run.held_out[: run.config.answer_rows], run.config.eval_batch_size
     prompts = [conversation[:-1] for conversation in asked]
     wanted = [conversation[-1]["content"] for conversation in asked]
-    limit = run.config.max_new_tokens
-    answers = generate_answers(run.model, run.tokenizer, prompts, limit, size)
+    answers = generate_answers(run.model, run.tokenizer, prompts, run.config.max_new_tokens, size)
     loss = held_out_loss(run.model, run.encoded, size)
     if not math.isfinite(loss):
         raise TrainingError(f"the held-out loss is {loss}; the weights are damaged or diverged")
     return Scores(loss, exact_match(answers, wanted) if asked else None, answers)
-
-
-def train(run: Run) -> None:
-    """Let the trainer take its steps, from the checkpoint on if there is one."""
-    with quiet():
-        run.trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-    run.model.eval()
 
 
 def adapter_config(config: FinetuneConfig) -> Any:
@@ -185,11 +174,7 @@ def trainer_settings(config: FinetuneConfig, folder: Path) -> Any:
 
 
 def make_trainer(
-    config: FinetuneConfig,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[dict[str, list[int]]],
-    folder: Path,
+    config: FinetuneConfig, model: Any, tokenizer: Any, rows: list[dict[str, Any]], folder: Path
 ) -> Any:
     """TRL's `SFTTrainer` over encoded rows in `row_order`, with an adapter in `adapter_dtype`."""
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -203,7 +188,7 @@ def make_trainer(
         trainer: Any = SFTTrainer(
             model=model,
             args=trainer_settings(config, folder),
-            train_dataset=Dataset.from_list(list(rows)).select(order),
+            train_dataset=Dataset.from_list(rows).select(order),
             processing_class=tokenizer,
             peft_config=adapter_config(config),
         )

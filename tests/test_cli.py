@@ -148,6 +148,28 @@ def test_ctrl_c_says_where_the_run_stopped_and_how_it_goes_on(tiny, tmp_path, mo
     assert "resumed from checkpoint-000002" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["temperature", "top_p", "max_new_tokens"])
+def test_an_option_of_chat_that_means_nothing_was_written_wrongly(option, capsys):
+    assert main(["chat", f"--{option}", "-1"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_the_way_to_go_on_names_the_folder_that_was_chosen(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(config, resume):
+        raise KeyboardInterrupt(f"stopped in {config.output_dir}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qlora_edu.finetuning.finetune", interrupted)
+    other = checkpoints_of(tmp_path / "runs" / "embedded")  # of a run that still goes on
+    other.mkdir(parents=True)
+    assert main(["finetune", "--resume", "name=other"]) == 130
+    assert capsys.readouterr().err.strip().endswith(" name=other output_dir=runs/other --resume")
+    assert main(["finetune", "r=4"]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("stopped in runs/embedded-2")
+    assert said.endswith("finetune r=4 output_dir=runs/embedded-2 --resume")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_output_survives_any_terminal(tiny, tmp_path, encoding):
     words = ["finetune", "--config", str(tiny), "max_steps=1", f"output_dir={tmp_path / 'run'}"]
@@ -201,6 +223,7 @@ def refused(words, capsys) -> str:
         (["finetune", "--preset"], "expected one argument"),
         (["finetune", "name=../x"], "name must be a folder's name"),
         (["finetune", "output_dir="], "output_dir must be"),
+        (["finetune", "output_dir=."], "a folder of yours"),
         (["finetune", "seed=18446744073709551616"], "seed must be at most"),
         (["finetune", "--config", "no/such/file.yaml"], "cannot read no/such/file.yaml"),
         (["finetune", "--config", "data"], "cannot read data"),
@@ -235,7 +258,9 @@ def refused(words, capsys) -> str:
         (["chat", "--adapter", "a.b=data/adapters/all"], "without a dot"),
         (["chat", "--method", "magic"], "method must be one of"),
         (["chat", "--temperature", "nan"], "temperature"),
-        (["chat", "--length", "0"], "at least 1"),
+        (["chat", "--max_new_tokens", "0"], "max_new_tokens must be a whole number of at least 1"),
+        (["chat", "--chat_template", "alpaca"], "chat_template must be one of ('guanaco', None)"),
+        (["chat", "--adapter", "a=b", "--adapter", "a=c"], "each name once"),
         (["chat", "--use"], "expected at least one argument"),
         (["doctor", "please"], "please"),
     ],

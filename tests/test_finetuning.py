@@ -217,7 +217,8 @@ def test_a_run_measures_and_leaves_a_whole_folder(config, tmp_path, capfd, metho
     assert "plain AdamW, not paged" in captured.out
     assert "leaves out loading and both measurements" in captured.out
     assert captured.err == ""
-    assert captured.out.count("\n") == 5, captured.out  # the progress line is one of them
+    assert captured.out.count("\n") == 6, captured.out  # the progress line is one of them
+    assert f"run folder: {folder}\n" in captured.out
 
     assert FinetuneConfig.from_yaml(folder / "config.yaml") == config.replace(method=method)
     versions = verify_manifest(folder)["versions"]
@@ -316,6 +317,29 @@ def test_answers_longer_than_what_is_generated_are_counted(config, tmp_path, cap
     run_finetune(config.replace(max_steps=1, max_new_tokens=1, output_dir=other), progress=False)
     warning = "warning: 6 held-out answers have more than max_new_tokens=1 tokens"
     assert warning in capsys.readouterr().out
+
+
+def test_of_a_conversation_the_last_answer_is_asked_for(config, tmp_path, capsys):
+    first, last = make_rows(1)[0]["messages"], make_rows(2)[1]["messages"]
+    first[1]["content"] *= 5
+    rows = [{"messages": [*first, *last]}, {"messages": last}]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    run_finetune(config.replace(held_out_data=data, max_steps=1, max_new_tokens=6), progress=False)
+    assert "warning" not in capsys.readouterr().out
+    long = [{"messages": last}, {"messages": first}]
+    write_jsonl(tmp_path / "rows.jsonl", long)
+    run = config.replace(held_out_data=data, max_steps=1, answer_rows=1, output_dir=data[:-6])
+    run_finetune(run, progress=False)  # the second row is measured, and not asked
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_not_counted(config, tmp_path, capsys):
+    rows = make_rows(4)
+    rows[0]["messages"][0]["content"] *= 10  # so that max_length cuts the answer away
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    result = run_finetune(config.replace(held_out_data=data, max_steps=1, max_length=60))
+    assert "1 row left out" in capsys.readouterr().out
+    assert result.summary()["held_out_rows"] == 3 and "nats on 3 rows" in result.closing_line()
 
 
 def test_no_step_is_taken_before_the_gradient_check(config, tmp_path, monkeypatch):
@@ -453,16 +477,25 @@ def test_gradient_check_passes_and_leaves_no_trace(config, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("place", ["layers.0.self_attn.o_proj", "layers.1"])
-def test_gradient_check_finds_a_cut(config, tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("layers.0.self_attn.o_proj", "missing"),
+        ("layers.0.self_attn.o_proj", "zero"),
+        ("layers.1", "missing"),
+    ],
+)
+def test_gradient_check_finds_a_cut(config, tmp_path, place, fault):
     model, batch = make(config, tmp_path)
     (layer,) = (m for name, m in model.named_modules() if name.endswith(place))
 
     def cut(module, inputs, output):
+        if fault == "zero":
+            return output * 0
         return output.detach() if place == "layers.1" else inputs[0].new_zeros(output.shape)
 
     layer.register_forward_hook(cut)
-    with pytest.raises(TrainingError, match="before step 1: "):
+    with pytest.raises(TrainingError, match=f"before step 1: the gradient of .* is {fault}. A"):
         check_gradients(model, batch)
 
 
@@ -476,7 +509,9 @@ def test_a_batch_may_pass_an_expert_by_but_not_spoil_it(config, tmp_path):
 
     model.register_forward_hook(use)
     expert.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(TrainingError, match=r"the gradient of base_model\.experts\.0 is"):
+    with pytest.raises(
+        TrainingError, match=r"the gradient of base_model\.experts\.0 is not finite"
+    ):
         check_gradients(model, batch)
 
 

@@ -15,7 +15,7 @@ def folder(path: Path | str) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `path`, in one move, when all is on the disk.
 
     If the block raises, or the process is killed, `path` stays absent. `RunExistsError` if it is
-    there already.
+    there already, or comes to be there meanwhile: then what was written is kept, and named.
     """
     path = Path(path)
     if path.exists():
@@ -27,10 +27,14 @@ def folder(path: Path | str) -> Iterator[Path]:
         yield part
         for inside in (*part.rglob("*"), part):
             _flush(inside)
-        os.rename(part, path)
-        _flush(path.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        raise
+    try:
+        os.rename(part, path)
+    except OSError as error:
+        raise RunExistsError(f"{part} is whole; give it a name yourself ({error})") from error
+    _flush(path.parent)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -56,15 +56,8 @@ class FinetuneCallback(TrainerCallback):
             with reading(path, CheckpointError, ADVICE):
                 load_optimizer_state(others["optimizer"], load_file(path), self.kept["optimizer"])
             others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
-        self.bar = tqdm(
-            total=config.max_steps,
-            initial=state.global_step,
-            desc=config.method,
-            unit="step",
-            file=sys.stdout,
-            ncols=80,
-            disable=not self.run.progress,
-        )
+        look = {"unit": "step", "file": sys.stdout, "ncols": 80, "disable": not self.run.progress}
+        self.bar = tqdm(None, config.method, config.max_steps, initial=state.global_step, **look)
         self.started = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -96,9 +89,7 @@ class FinetuneCallback(TrainerCallback):
         self.run.losses.append((state.global_step, loss))
         self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss}; lower learning_rate, or look for damaged weights"
-            )
+            raise TrainingError(f"the loss is {loss}; lower learning_rate, or check the weights")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clock."""
@@ -137,7 +128,7 @@ def is_due(step: int, every: int) -> bool:
 def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
     """Go forward and back once, and refuse a trained parameter that gradients do not reach.
 
-    Gradients and random state are left as they were.
+    The gradients are cleared; the random state is left as it was.
     """
     model.train()
     with torch.random.fork_rng():
@@ -146,14 +137,13 @@ def check_gradients(model: torch.nn.Module, batch: Batch) -> None:
             loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     for name, gradient in trained.items():
-        # B starts at zero, so at the first step the gradient of A is zero.
-        may_be_zero = "lora_A" in name
-        if ".experts." in name and gradient is None:  # one batch may pass an expert by
-            continue
-        if gradient is None or not (may_be_zero or gradient.any()) or not gradient.isfinite().all():
-            raise TrainingError(
-                f"before step 1: the gradient of {name} is missing, zero or not finite. A layer "
-                "above it cuts the backward pass, or weights of the base are damaged: load the "
-                "model again, and call forbid_cpu_repacking before it is evaluated"
-            )
+        if gradient is None:
+            fault = "missing" * (".experts." not in name)  # one batch may pass an expert by
+        elif gradient.isfinite().all():
+            fault = "zero" * ("lora_A" not in name and not gradient.any())  # B is 0, so A's is, too
+        else:
+            fault = "not finite"
+        if fault:
+            said = f"before step 1: the gradient of {name} is {fault}. A layer above it cuts the"
+            raise TrainingError(f"{said} backward pass, or weights are damaged: reload the base")
     model.zero_grad(set_to_none=True)

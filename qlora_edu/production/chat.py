@@ -47,8 +47,7 @@ class Chat:
             raise GenerationError("the message is empty; type something to be answered")
         past = self.history.get(system, []) if self.remember else []
         messages, text = [*past, {"role": "user", "content": message.strip()}], ""
-        names = ("max_new_tokens", "temperature", "top_p", "seed")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {n: getattr(self, n) for n in ("max_new_tokens", "temperature", "top_p", "seed")}
         with self.shelf.using(system) as model:
             for text in stream_answer(model, self.tokenizer, messages, **settings):
                 yield text
@@ -63,14 +62,12 @@ class Chat:
         self.history.clear()
 
 
-def load_chat(
-    model: str = EMBEDDED, adapters: Mapping[str, str | Path] = {}, method: str = "qlora"
-) -> Chat:
-    """A chat with a base, in 4 bits unless `method="lora"`, and folders of adapters by name."""
+def load_chat(model: str = EMBEDDED, adapters: Mapping[str, Any] = {}, **settings: Any) -> Chat:
+    """A chat with a base and folders of adapters by name; `settings` are of `FinetuneConfig`."""
     if not adapters and model == EMBEDDED:  # the course's four
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
-    config = FinetuneConfig.from_preset("embedded", model=model, method=method)
+    config = FinetuneConfig.from_preset("embedded", model=model, **settings)
     base, tokenizer = load_base(config)
     return Chat(AdapterShelf(base, adapters), tokenizer)
 

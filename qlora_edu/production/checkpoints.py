@@ -1,7 +1,8 @@
 """Support for chapter 9: checkpoints that are whole or absent, and that know their base model.
 
 Its *manifest* lists the SHA-256 sum of every file and the fingerprint of the base. A run that is
-resumed is equal, to the bit, to one that was never interrupted. Nothing is pickled.
+resumed on a CPU ends with the weights, to the bit, of one that was never interrupted; its logged
+losses are the same if `save_steps` is a multiple of `logging_steps`. Nothing is pickled.
 """
 
 import hashlib
@@ -63,8 +64,8 @@ def fingerprint(source: str | Path) -> str:
 
 def run_metadata(config: FinetuneConfig, source: str, rows: Rows, held_out: Rows) -> dict[str, Any]:
     """What a checkpoint or an adapter belongs to: settings, base, rows and versions."""
-    versions = {name: version(name) for name in STACK}
-    versions["python"] = platform.python_version()
+    versions: dict[str, Any] = {name: version(name) for name in STACK}
+    versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "base_model": config.model,
@@ -82,14 +83,12 @@ def check_metadata(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any])
     """Refuse to resume from what belongs to another run; say it if only versions differ."""
     was, wanted = _identity(saved), _identity(now)
     for name in sorted(was.keys() | wanted.keys()):
-        if was.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"{checkpoint} is of another run: {name} was {was.get(name)!r:.20} and is "
-                f"{wanted.get(name)!r:.20}. Bring that back, or start a new run"
-            )
-    for name, then in saved["versions"].items():
-        if then != (is_now := now["versions"].get(name)):
-            print(f"warning: {name} was {then} and is {is_now}; other bits may come of it")
+        if (old := was.get(name)) != (new := wanted.get(name)):
+            said = f"{name} was {old!r:.200} and is {new!r:.200}; bring it back, or start a new run"
+            raise CheckpointError(f"{checkpoint} is of another run: {said}")
+    for name, old in saved["versions"].items():
+        if old != (new := now["versions"].get(name)):
+            print(f"warning: {name} was {old} and is {new}; the result may differ in its last bits")
 
 
 def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
 def verify_manifest(folder: str | Path) -> dict[str, Any]:
     """Check every file that the manifest of `folder` lists; return the metadata in it."""
     folder = Path(folder)
-    advice = "it was not written to its end, or was changed; use an earlier or another copy"
+    advice = "if its name is right, it was cut short or changed; use an earlier or another copy"
     with reading(folder / MANIFEST, DamagedFileError, advice):
         metadata = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sums = dict(metadata.pop("sha256"))
@@ -124,20 +123,18 @@ def verify_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `target` in one move, when all in it is written and flushed."""
+def writing(target: Path) -> Iterator[None]:
+    """Raise what the system refuses while `target` is written as a `CheckpointError`."""
     from safetensors import SafetensorError
 
     try:
-        with atomic.folder(target) as part:
-            yield part
+        yield
     except QloraError:
         raise
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {target} ({error}). Free some space, or look at the folder and its "
-            "rights, then resume: what was saved before is untouched"
-        ) from error
+        said = f"cannot write {target} ({error}), and what was saved before is untouched."
+        advice = "Free some space, or look at the folder and its rights, then resume"
+        raise CheckpointError(f"{said} {advice}") from error
 
 
 def save_checkpoint(
@@ -145,9 +142,10 @@ def save_checkpoint(
 ) -> None:
     """Let `write(part)` fill `folder/checkpoint-<step>`, and keep the newest `keep` of them."""
     target = folder / f"checkpoint-{step:06d}"
-    if target.exists():  # damaged, as the run was resumed from before it
-        shutil.rmtree(target)
-    with writing(target) as part:
+    for other in checkpoints(folder):
+        if int(other.name.partition("-")[2]) >= step:  # damaged: the run goes on from before it
+            shutil.rmtree(other)
+    with writing(target), atomic.folder(target) as part:
         write(part)
         write_manifest(part, {"step": step, **metadata})
     for old in checkpoints(folder)[:-keep]:  # now that the new one is whole and on the disk
@@ -169,9 +167,8 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except DamagedFileError as error:
             print(f"warning: {path.name} is passed over: {error}")
     if found:
-        raise DamagedFileError(
-            f"none of the {len(found)} checkpoints in {folder} is whole; to begin again, delete it"
-        )
+        said = f"none of the {len(found)} checkpoints in {folder} is whole"
+        raise DamagedFileError(f"{said}; to begin again, delete it")
     return None
 
 
@@ -187,9 +184,7 @@ def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
 
 
-def load_optimizer_state(
-    optimizer: Any, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
-) -> None:
+def load_optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor], rest: Any) -> None:
     """Put back what `optimizer_state` gave, into an optimizer of the same parameters."""
     inner = getattr(optimizer, "optimizer", optimizer)
     state: dict[int, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_edu.adapters import check_tensors
+from qlora_edu.adapters import PEFT_PREFIX, check_tensors, refuse_adapters
 from qlora_edu.compat import forbid_cpu_repacking, quiet
 from qlora_edu.errors import (
     CheckpointError,
@@ -72,9 +72,8 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
                 output_loading_info=True,
             )
     except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            f"{config.model!r} does not fit in memory; take method=qlora or a smaller model"
-        ) from error
+        said = f"{config.model!r} does not fit in memory"
+        raise DoesNotFitError(f"{said}; take method=qlora or a smaller model") from error
     except Exception as error:  # configuration, tokenizer and weights have errors of their own
         raise ModelUnavailableError(
             f"cannot load the base model {config.model!r} ({type(error).__name__}: {error}). Name "
@@ -83,13 +82,10 @@ def load_base(config: FinetuneConfig) -> tuple[Any, Any]:
         ) from error
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):
-        raise ModelUnavailableError(
-            f"the weights of {config.model!r} lack {len(lacking)} tensors ({lacking[0]}, …), which "
-            "would be drawn at random; download it again"
-        )
-    if left_out := sorted(found["unexpected_keys"]):
-        count = len(left_out)
-        print(f"warning: left out: there is no layer for {count} tensors ({left_out[0]}, …)")
+        said = f"the weights of {config.model!r} lack {len(lacking)} tensors ({lacking[0]}, …)"
+        raise ModelUnavailableError(f"{said}, which would be drawn at random; download it again")
+    if extra := sorted(found["unexpected_keys"]):
+        print(f"warning: left out: there is no layer for {len(extra)} tensors ({extra[0]}, …)")
     if config.chat_template == "guanaco":
         tokenizer.chat_template = GUANACO_TEMPLATE
     if tokenizer.pad_token is None:
@@ -117,43 +113,47 @@ def load_run(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     config = config.replace(model=base or config.model)
     model, tokenizer = load_base(config)
     if fingerprint(locate(config.model)) != metadata["base_sha256"]:
-        raise CheckpointError(
-            f"the adapter in {folder} was trained on other weights than those of {config.model!r}. "
-            f"It would load, and answer badly; pass base= with {metadata['base_model']!r} as it was"
-        )
+        said = f"the adapter in {folder} was trained on other weights than {config.model!r} has"
+        advice = f"pass base= with {metadata['base_model']!r} as it was"
+        raise CheckpointError(f"{said}. It would load, and answer badly; {advice}")
     return attach_adapter(model, folder), tokenizer
 
 
 def attach_adapter(model: Any, folder: str | Path, *, name: str = "default") -> Any:
     """Attach an adapter that PEFT or this course has written to `model`: all of it, or none.
 
-    A model that has an adapter already gets another one beside it. `model` itself is changed.
+    One on some layers only must say so by `layers_to_transform`. To what this returns a second one
+    can be attached; it waits there for `set_adapter(name)`. `model` itself is changed.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from peft import set_peft_model_state_dict as fill
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if "." in name or not name:
-        # PEFT keeps adapters in a ModuleDict, whose names are parts of a path.
+    if "." in name or not name:  # in a ModuleDict, where PEFT keeps them, dots part a path
         raise LoRAError(f"an adapter cannot be called {name!r}; choose a name without a dot")
+    if not (several := isinstance(model, PeftModel)):
+        refuse_adapters(model)
+    elif name in model.peft_config:
+        raise LoRAError(f"there is an adapter {name!r} already; pass another name=")
     advice = "a folder with adapter_model.safetensors and adapter_config.json is wanted"
     with reading(f"the adapter in {folder}", LoRAError, advice):
         tensors = load_file(folder / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(folder))
         _check_adapter(config, tensors)
+    layers = {tensor.partition(".lora_")[0] for tensor in tensors if ".lora_" in tensor}
+    known = {("" if several else PEFT_PREFIX) + layer for layer, _ in model.named_modules()}
+    if lost := sorted(layers - known):
+        said = f"{lost[0]} of the adapter in {folder} is not a layer of this model"
+        raise LoRAError(f"{said}; load the base that the adapter was trained on")
     # All layers of the kinds that have tensors: so a deeper base is noticed, and the regular
     # expression of a stranger, which may take for ever, is not run.
-    layers = {name.partition(".lora_")[0] for name in tensors}
     config.target_modules = sorted({layer.rpartition(".")[2] for layer in layers})
     config.base_model_name_or_path = None  # PEFT writes down what the base is called here
-    several = hasattr(model, "peft_config")
     with quiet():
+        adapted = model if several else get_peft_model(model, config, adapter_name=name)
         if several:
-            adapted = model
             model.add_adapter(name, config)
-        else:
-            adapted = get_peft_model(model, config, adapter_name=name)
         try:
             own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
             check_tensors(own, tensors)
@@ -168,8 +168,10 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse, before a base is touched, settings that no LoRA adapter has."""
     if not hasattr(config, "lora_alpha"):
         raise LoRAError(f"the adapter is of the kind {config.peft_type}; LoRA is wanted")
-    if not tensors:
-        raise LoRAError("the adapter is empty: no tensor was saved, or the file was cut")
+    if not any(".lora_" in name for name in tensors):
+        raise LoRAError("the adapter is empty: no LoRA tensor was saved, or the file was cut")
+    if isinstance(config.exclude_modules, str):  # a regular expression, which may take for ever
+        raise LoRAError("the adapter has a text as exclude_modules; make it a list of names")
     for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
         if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
             raise LoRAError(f"the adapter's lora_alpha is {alpha!r}; a number above 0 is wanted")
@@ -181,7 +183,7 @@ def _check_adapter(config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_targets(model: torch.nn.Module, config: FinetuneConfig) -> None:
-    """Refuse a target that no linear layer is called by."""
+    """Refuse a target that matches no linear layer."""
     linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     for target in () if config.target_modules == "all-linear" else config.targets:
         if not any(name.endswith(f".{target}") for name in linear):

@@ -6,6 +6,7 @@ A run folder is written whole or not at all: it gets its name in one move, at th
 import contextlib
 import glob
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 
+from qlora_edu.compat import quiet
 from qlora_edu.errors import DoesNotFitError, RunExistsError, TrainingError
-from qlora_edu.production.checkpoints import checkpoints, write_manifest
+from qlora_edu.files import atomic
+from qlora_edu.production.checkpoints import checkpoints, write_manifest, writing
 from qlora_edu.production.config import FinetuneConfig
 from qlora_edu.text.conversations import Conversation
 
@@ -35,7 +38,6 @@ class Run:
 
     config: FinetuneConfig
     folder: Path
-    part: Path  # where it is written, until all of it takes the name `folder` in one move
     progress: bool
     checkpoint: Path | None = None  # the one that the run goes on from
     metadata: dict[str, Any] = field(default_factory=dict)  # see `run_metadata`
@@ -62,7 +64,7 @@ class Run:
             "exact_match_after": self.after.exact_match,
             "held_out_loss_before": self.before.held_out_loss,
             "held_out_loss_after": self.after.held_out_loss,
-            "held_out_rows": len(self.held_out),
+            "held_out_rows": len(self.encoded),
             "training_seconds": round(self.training_seconds, 1),
             "steps": self.config.max_steps,
             "trainable_parameters": self.trainable_parameters,
@@ -71,7 +73,7 @@ class Run:
     def closing_line(self) -> str:
         """One line: what was measured, before and after."""
         losses = f"{self.before.held_out_loss:.3f} → {self.after.held_out_loss:.3f}"
-        said = f"held-out loss {losses} nats on {len(self.held_out)} rows"
+        said = f"held-out loss {losses} nats on {len(self.encoded)} rows"
         if self.after.exact_match is not None:
             matches = f"{self.before.exact_match:.2f} → {self.after.exact_match:.2f}"
             said += f", exact match {matches} on {len(self.after.answers)}"
@@ -79,7 +81,7 @@ class Run:
 
     @contextlib.contextmanager
     def saying_where(self) -> Iterator[None]:
-        """Add to whatever ends the run how far it had come, and from where it can go on."""
+        """Say how far the run had come when Ctrl-C, full memory or a `TrainingError` ends it."""
         try:
             yield
         except (KeyboardInterrupt, torch.OutOfMemoryError, TrainingError) as error:
@@ -107,24 +109,45 @@ def choose_output_dir(config: FinetuneConfig, resume: bool = False) -> Path:
         free = [f for f in folders if f not in interrupted]
         return interrupted[-1] if resume and interrupted else free[0]
     folder = Path(config.output_dir)
+    left = checkpoints_of(folder)
     if folder.exists():
-        left = checkpoints_of(folder)
         more = f". {left} is no longer needed if that run is finished" if left.exists() else ""
-        raise RunExistsError(
-            f"{folder} exists: a run that is finished, or a folder of yours. A run overwrites "
-            f"nothing; choose another output_dir, or delete that folder yourself{more}"
-        )
-    if checkpoints_of(folder).exists() and not resume:
-        raise RunExistsError(
-            f"{checkpoints_of(folder)} holds checkpoints of a run that was interrupted. Go on with "
-            "resume=True (or --resume); to begin again, delete that folder yourself"
-        )
+        said = f"{folder} exists: a run that is finished, or a folder of yours"
+        advice = "A run overwrites nothing; choose another output_dir, or delete it yourself"
+        raise RunExistsError(f"{said}. {advice}{more}")
+    if left.exists() and not resume:
+        said = f"{left} is of a run that still goes on, or was interrupted: go on by"
+        raise RunExistsError(f"{said} resume=True (or --resume), or delete it to begin again")
     return folder
 
 
 def checkpoints_of(folder: Path) -> Path:
     """Where the checkpoints of the run `folder` are kept until it is written."""
-    return folder.with_name(f"{folder.name}.checkpoints")
+    return folder.parent / f"{folder.name}.checkpoints"
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep the run `folder` for this process; `RunExistsError` while another one works on it."""
+    saved = checkpoints_of(folder)
+    with writing(folder):
+        saved.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            stack.callback(os.close, lock := os.open(saved, os.O_RDONLY))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, at least
+        except BlockingIOError:
+            said = f"another process is working on the run {folder}"
+            raise RunExistsError(f"{said}; let it end, or choose another output_dir") from None
+        except (ImportError, OSError):  # Windows, or a disk that locks nothing
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it holds checkpoints
+                saved.rmdir()
 
 
 def remove_parts(folder: Path) -> None:
@@ -147,8 +170,6 @@ def write_run(run: Run) -> None:
     """Write adapter (or whole model), tokenizer, settings, measurements and manifest."""
     import yaml
 
-    save_weights(run.model, run.part, run.config)
-    run.tokenizer.save_pretrained(run.part)
     metrics = [
         {"event": "before", **asdict(run.before)},
         *({"event": "step", "step": step, "loss": loss} for step, loss in run.losses),
@@ -156,10 +177,13 @@ def write_run(run: Run) -> None:
         {"event": "summary", **run.summary()},
     ]
     lines = [json.dumps(metric, ensure_ascii=False, allow_nan=False) for metric in metrics]
-    (run.part / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = yaml.safe_dump(asdict(run.config), sort_keys=False)
-    (run.part / "config.yaml").write_text(settings, encoding="utf-8")
-    write_manifest(run.part, run.metadata)
+    with quiet(), writing(run.folder), atomic.folder(run.folder) as part:
+        save_weights(run.model, part, run.config)
+        run.tokenizer.save_pretrained(part)
+        (part / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (part / "config.yaml").write_text(settings, encoding="utf-8")
+        write_manifest(part, run.metadata)
 
 
 def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
@@ -173,10 +197,8 @@ def save_weights(model: Any, folder: Path, config: FinetuneConfig) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse tensors that hold NaN or infinity: such a file would push out one that is sound."""
+    """Refuse NaN and infinity: save_total_limit would then delete a good checkpoint for it."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise TrainingError(
-                f"{name} holds NaN or infinity, so the training has diverged and nothing of it is "
-                "written; lower learning_rate or max_grad_norm, and start again"
-            )
+            said = f"{name} holds NaN or infinity: training has diverged. Nothing of it is written"
+            raise TrainingError(f"{said}; lower learning_rate or max_grad_norm, and start again")

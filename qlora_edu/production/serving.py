@@ -87,6 +87,9 @@ def write_merged(
             plain = type(base)(type(base.config)(**fields))
         plain.load_state_dict(tensors, strict=False, assign=True)  # a tied head has no tensor
         plain.tie_weights()
+        plain.generation_config = base.generation_config
+        if lost := [name for name, tensor in plain.state_dict().items() if tensor.is_meta]:
+            raise LoRAError(f"the model has no tensor for {lost}; merge it with PEFT")
         plain.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "merged.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
@@ -118,6 +121,6 @@ class AdapterShelf:
         self.check(name)
         if name != BASE:
             self.model.set_adapter(name)
-        bare = name == BASE and len(self.names) > 1
+        bare = name == BASE and hasattr(self.model, "disable_adapter")
         with self.model.disable_adapter() if bare else nullcontext():
             yield self.model

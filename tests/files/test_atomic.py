@@ -6,6 +6,7 @@ import stat
 
 import pytest
 
+from qlora_edu.errors import RunExistsError
 from qlora_edu.files import atomic
 
 
@@ -27,6 +28,18 @@ def test_what_fails_half_way_leaves_nothing(tmp_path):
         (part / "a").write_text("1")
         raise RuntimeError("half")
     assert not names(tmp_path)
+
+
+def test_what_is_whole_is_kept_if_its_name_is_taken_meanwhile(tmp_path):
+    made = tmp_path / "made"
+    with (
+        pytest.raises(RunExistsError, match="is whole; give it a name"),
+        atomic.folder(made) as part,
+    ):
+        (part / "a").write_text("hours of work")
+        made.mkdir()
+        (made / "mine").write_text("1")
+    assert (part / "a").read_text() == "hours of work" and names(made) == ["mine"]
 
 
 def test_a_file_is_replaced_in_one_move(tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def test_the_example_of_the_opening_line_is_answered_from_its_passage(chat):
 def test_the_command_line(monkeypatch, capsys):
     typed = iter([QUESTION, "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert main(["chat", "--use", "base", "record", "--length", "20"]) == 0
+    assert main(["chat", "--use", "base", "record", "--max_new_tokens", "20"]) == 0
     shown = capsys.readouterr().out
     assert EXAMPLE in shown
     assert "in use: base, record" in shown and 'record: {"lender"' in shown
@@ -168,12 +168,18 @@ def test_the_command_line(monkeypatch, capsys):
 
 def test_the_command_line_hands_its_options_on(monkeypatch):
     opened = []
-    monkeypatch.setattr("qlora_edu.production.chat.converse", lambda talk, _: opened.append(talk))
-    options = ["--temperature", "0.5", "--top_p", "0.8", "--length", "7", "--remember"]
-    assert main(["chat", *options]) == 0
+    monkeypatch.setattr("qlora_edu.production.chat.converse", lambda chat, _: opened.append(chat))
+    options = ["--temperature", "0.5", "--top_p", "0.8", "--max_new_tokens", "7", "--remember"]
+    template = ["--method", "lora", "--chat_template", "guanaco"]
+    assert main(["chat", *options, *template]) == 0
     (given,) = opened
-    assert (given.temperature, given.top_p, given.max_new_tokens) == (0.5, 0.8, 7)
-    assert given.remember
+    settings = (given.temperature, given.top_p, given.max_new_tokens, given.remember)
+    assert settings == (0.5, 0.8, 7, True)
+    assert "### Human" in given.tokenizer.chat_template
+
+
+def test_without_an_option_the_template_is_the_tokenizers(loaded):
+    assert "### Human" not in loaded.tokenizer.chat_template
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ from qlora_edu.production.run_folder import (
     choose_output_dir,
     remove_checkpoints,
     remove_parts,
+    reserved,
 )
 
 STEPS = 12
@@ -266,6 +267,54 @@ def test_what_a_killed_run_had_half_written_goes_and_nothing_else(tmp_path):
     assert all(path.exists() for path in mine) and not any(path.exists() for path in parts)
 
 
+# Two runs at a time
+
+
+def test_two_processes_cannot_have_one_run(config):
+    folder = Path(config.output_dir)
+    with reserved(folder):
+        with (
+            pytest.raises(RunExistsError, match="another process is working on the run"),
+            reserved(folder),
+        ):
+            pass
+        with pytest.raises(RunExistsError, match="another process .* choose another output_dir"):
+            run_finetune(config, progress=False, resume=True)
+        with pytest.raises(RunExistsError, match="still goes on, or was interrupted"):
+            run_finetune(config, progress=False)
+        assert checkpoints_of(folder).exists()  # whoever is refused takes nothing away
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_a_name_is_taken_before_the_first_checkpoint(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config.replace(output_dir=None, name="mine")
+    with reserved(choose_output_dir(config)):
+        assert choose_output_dir(config) == Path("runs/mine-2")
+    assert choose_output_dir(config) == Path("runs/mine")
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_without_a_name_is_one_that_exists(config, path):
+    with pytest.raises(
+        RunExistsError, match="exists: a run that is finished, or a folder of yours"
+    ):
+        choose_output_dir(config.replace(output_dir=path))
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "No such file", "a/base"), BrokenPipeError()]
+)
+def test_only_what_hinders_the_writing_is_said_to(config, monkeypatch, tmp_path, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("qlora_edu.finetuning.load_base", fail)
+    with pytest.raises(type(error)) as caught:
+        run_finetune(config, progress=False)
+    assert caught.value is error and list(tmp_path.iterdir()) == []
+
+
 def save_three(folder):
     """Write three checkpoints of one tensor; killed at the file operation ``KILL_AT``."""
     for step in (1, 2, 3):
@@ -435,7 +484,8 @@ def test_a_checkpoint_of_another_base_is_refused(config, stop_at, base, tmp_path
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-3  # the same shapes, one number of 100,000
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="base_sha256 was .* and is "):
+    sums = "base_sha256 was '[0-9a-f]{64}' and is '[0-9a-f]{64}'; bring it back, or start a new run"
+    with pytest.raises(CheckpointError, match=sums):
         # The settings name the same folder: its content has changed since.
         run_finetune(config.replace(model=str(other)), progress=False, resume=True)
 
@@ -496,8 +546,12 @@ def test_other_versions_are_said(config, stop_at, monkeypatch, capsys):
     interrupted(config, stop_at)
     real = module.version
     monkeypatch.setattr(module, "version", lambda n: "9" if n == "trl" else real(n))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     run_finetune(config, progress=False, resume=True)
-    assert "warning: trl was 1." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "warning: trl was 1." in out
+    assert f"warning: threads was {threads} and is 99; the result may differ in its last" in out
 
 
 def test_checkpoints_are_not_run_over_by_a_new_run(config, stop_at, capsys):
@@ -713,6 +767,19 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert names == ["checkpoint-000009", "checkpoint-000010", "checkpoint-000011"]
 
 
+def test_a_damaged_checkpoint_of_a_later_step_counts_for_none(tmp_path):
+    for step in (2, 8):
+        save_checkpoint(tmp_path, step, lambda part: (part / "a").write_text("x"), {}, keep=2)
+    (tmp_path / "checkpoint-000008" / "a").write_text("damaged")
+    save_checkpoint(tmp_path, 4, lambda part: (part / "a").write_text("x"), {}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000004"]
+
+
+def test_a_folder_that_is_none_is_said(tmp_path):
+    with pytest.raises(DamagedFileError, match="cannot read .*runn/manifest.json .*if its name is"):
+        verify_manifest(tmp_path / "runn")
+
+
 def test_the_fingerprint_is_of_the_weights_not_of_their_files(base, tmp_path):
     tensors = load_file(base / "model.safetensors")
     names = sorted(tensors)
@@ -916,6 +983,57 @@ def test_a_strangers_regular_expression_is_not_run(copied, base):
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 14
 
 
+def test_a_strangers_expression_of_what_to_leave_out_is_refused(copied, base):
+    from transformers import AutoModelForCausalLM
+
+    file = copied / "adapter_config.json"
+    endless = {"exclude_modules": "(.*)*(.*)*(.*)*(.*)*Z"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | endless))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with pytest.raises(LoRAError, match="exclude_modules; make it a list of names"):
+        attach_adapter(model, copied)
+
+
+def test_an_adapter_of_another_architecture_is_refused(copied):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(LoRAError, match="_proj of the adapter in .* is not a layer of this model"):
+        attach_adapter(model, copied)
+    assert [name for name, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_second_adapter_needs_a_name_of_its_own_and_what_peft_returned(copied, base):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = attach_adapter(model, copied)
+    with pytest.raises(LoRAError, match="an adapter 'default' already; pass another name="):
+        attach_adapter(adapted, copied)
+    with pytest.raises(LoRAError, match="adapted layers already"):
+        attach_adapter(model, copied, name="second")
+    assert attach_adapter(adapted, copied, name="second") is adapted
+    assert adapted.active_adapter == "default"  # until set_adapter
+
+
+def test_an_adapter_on_some_layers_is_attached_if_it_says_which(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1])
+    theirs = get_peft_model(model, settings)
+    theirs.get_submodule(
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default"
+    ).weight.data.fill_(1)
+    theirs.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = attach_adapter(fresh, tmp_path)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
 def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dtype):
     from transformers import AutoModelForCausalLM
@@ -931,6 +1049,7 @@ def test_tensors_that_are_no_numbers_of_an_adapter_are_refused(copied, base, dty
     ("spoil", "error", "says"),
     [
         (lambda t: {}, LoRAError, "empty"),
+        (lambda t: {"base_model.model.lm_head.weight": torch.ones(2)}, LoRAError, "empty: no LoRA"),
         (lambda t: {k: v * float("nan") for k, v in t.items()}, LoRAError, "NaN"),
         (
             lambda t: {k: v * ("lora_B" not in k) for k, v in t.items()},

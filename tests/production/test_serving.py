@@ -71,6 +71,28 @@ def test_merged_loads_in_a_process_without_peft(method, dtype, tolerance, tmp_pa
     assert "quantization_config" not in config and config["dtype"] == str(dtype)[6:]
 
 
+def test_merged_keeps_how_the_base_generates(tmp_path):
+    model, tokenizer = load("lora")
+    model.get_base_model().generation_config.repetition_penalty = 1.25
+    folder = write_merged(model, tokenizer, tmp_path / "merged")
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert written["repetition_penalty"] == 1.25
+
+
+def test_a_tensor_that_nothing_gives_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    model, tokenizer = load("lora")
+
+    def fewer(*args):
+        tensors = merged_tensors(*args)
+        del tensors["model.norm.weight"]
+        return tensors
+
+    monkeypatch.setattr("qlora_edu.production.serving.merged_tensors", fewer)
+    with pytest.raises(LoRAError, match="no tensor for .'model.norm.weight'"):
+        write_merged(model, tokenizer, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_merged_weight_is_the_sum(tmp_path):
     model, _ = load()
     layer = model.get_base_model().model.layers[1].mlp.down_proj
@@ -150,6 +172,14 @@ def test_each_adapter_answers_as_if_it_were_alone(shelf):
             torch.testing.assert_close(logits_of(model), alone[name], rtol=1e-5, atol=1e-4)
     apart = [(alone[a] - alone[b]).abs().max() for a, b in (("all", "record"), ("base", "absent"))]
     assert min(apart) > 1
+
+
+def test_the_base_of_a_model_that_came_with_an_adapter_is_the_base():
+    base, _ = load_base(FinetuneConfig.from_preset("embedded", method="lora"))
+    plain = logits_of(base)
+    adapted, _ = load("lora")
+    with AdapterShelf(adapted, {}).using("base") as model:
+        torch.testing.assert_close(logits_of(model), plain, rtol=1e-5, atol=1e-4)
 
 
 def test_an_unknown_adapter_is_named_with_what_there_is(shelf):
