@@ -112,7 +112,6 @@ def adapter_config(config: FinetuneConfig) -> Any:
     """The PEFT `LoraConfig`; None for full fine-tuning."""
     from peft import LoraConfig
 
-    targets = config.targets
     if config.method == "full":
         return None
     return LoraConfig(
@@ -120,7 +119,7 @@ def adapter_config(config: FinetuneConfig) -> Any:
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=config.targets if isinstance(config.targets, str) else [*config.targets],
         init_lora_weights=True,
         use_rslora=False,
         bias="none",

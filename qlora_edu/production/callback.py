@@ -56,8 +56,9 @@ class FinetuneCallback(TrainerCallback):
             with reading(path, CheckpointError, ADVICE):
                 load_optimizer_state(others["optimizer"], load_file(path), self.kept["optimizer"])
             others["lr_scheduler"].load_state_dict(self.kept["scheduler"])
-        look = {"unit": "step", "file": sys.stdout, "ncols": 80, "disable": not self.run.progress}
-        self.bar = tqdm(None, config.method, config.max_steps, initial=state.global_step, **look)
+        look = {"desc": config.method, "unit": "step", "file": sys.stdout, "ncols": 80}
+        done, hidden = state.global_step, not self.run.progress
+        self.bar = tqdm(total=config.max_steps, initial=done, disable=hidden, **look)
         self.started = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
