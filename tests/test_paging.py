@@ -659,6 +659,28 @@ def test_a_state_dict_is_a_copy_and_so_is_what_is_loaded():
     assert set(ours.state[ours.param_groups[0]["params"][0]]) == {"step"}
 
 
+def test_a_copy_that_is_under_way_does_not_land_on_what_is_loaded(monkeypatch):
+    """A step that was interrupted leaves one: a page goes out while the next comes in."""
+    ours, _ = make_pair(4 * 128, budget_bytes=2048, page_bytes=1024)
+    train(ours)
+    saved = copy.deepcopy(ours.state_dict())
+    train(ours)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paging, "adamw_update", interrupted)
+    with slow_copies(monkeypatch, 0.3), pytest.raises(KeyboardInterrupt):
+        train(ours)
+    under_way = list(ours._pending.values())
+    assert not all(copies.done() for copies in under_way)
+    ours.load_state_dict(saved)
+    for copies in under_way:
+        copies.result()
+    for name in STATES:
+        assert torch.equal(ours.state_dict()["state"][0][name], saved["state"][0][name])
+
+
 def test_what_is_not_in_a_state_dict_starts_from_zero():
     ours, theirs = make_pair(700, 300, budget_bytes=2**14, page_bytes=1024)
     for optimizer in (ours, theirs):
