@@ -122,7 +122,7 @@ def lab(tmp_path_factory):
         yield address, folder / "runtime"
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE)
         log.close()
 
 

@@ -7,6 +7,8 @@ import pytest
 from qlora_edu.course.explorers.playground import BASES, NOBODY, Playground
 from qlora_edu.production.chat import Chat, load_chat
 
+PATIENCE = 1500  # seconds; it only ends a test that hangs
+
 
 @pytest.fixture(scope="module")
 def loaded():
@@ -29,7 +31,7 @@ def widget(loaded, asked):
 
 def ask(widget) -> list[str]:
     widget.send_button.click()
-    widget.wait()
+    widget.wait(PATIENCE)
     return [pane.value for pane in widget.panes]
 
 
@@ -67,31 +69,34 @@ def test_each_base_is_loaded_once_and_when_it_is_wanted(widget, asked):
 
 
 def test_the_answer_grows_and_stop_works(widget, monkeypatch):
-    go, seen = threading.Semaphore(0), []
+    go, grown, seen = threading.Semaphore(0), threading.Event(), []
     real = Chat.answer
 
     def slowly(self, *args):
         for text in real(self, *args):
             yield text
-            go.acquire(timeout=30)
+            go.acquire()
+
+    def watch(change):
+        seen.append(change.new)
+        if len(seen) == 4:
+            grown.set()
 
     monkeypatch.setattr(Chat, "answer", slowly)
-    widget.panes[0].observe(lambda change: seen.append(change.new), names="value")
+    widget.panes[0].observe(watch, names="value")
     widget.right.value = "base"
     widget.send_button.click()
     go.release(3)
-    while len(seen) < 4:
-        pass
+    assert grown.wait(PATIENCE)
     assert widget.send_button.disabled and not widget.stop_button.disabled
     widget.send()
     assert "still growing" in widget.status.value
     widget.stop_button.click()
-    go.release(100)
-    widget.wait()
+    go.release(1000)
+    widget.wait(PATIENCE)
     assert "stopped" in widget.status.value and widget.panes[1].value == ""
     assert 4 <= len(seen) <= 7 and len(seen[-1]) > len(seen[1])
     assert not widget.send_button.disabled
-    go.release(1000)
     widget.length.value = 8
     assert all(ask(widget)) and widget.status.value == "", "stopped once is not stopped for ever"
 

@@ -28,7 +28,7 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def test_pinned_memory_that_is_refused_is_a_host_tier_error(monkeypatch):
+def test_pinned_memory_that_is_refused_is_a_paging_error(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("CUDA error: out of memory")
 
@@ -163,7 +163,7 @@ def test_many_optimizers_leave_no_threads_and_no_files():
         step(ours)
         assert open_files() <= files + 2  # one file a group, not one a parameter
         del ours  # in no cycle, so gone at once
-    deadline = time.time() + 5
+    deadline = time.time() + 300
     while threading.active_count() > threads and time.time() < deadline:
         time.sleep(0.01)  # a worker needs a moment to notice
     assert threading.active_count() <= threads and open_files() <= files
