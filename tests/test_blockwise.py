@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import blocksizes, unhurried, weights
 
 from qlora_edu import blockwise as bw
+from qlora_edu import kernels
 from qlora_edu.codebooks import LEVELS, get_levels
 
 # With a card bitsandbytes loads its library for CUDA, which has no kernels for the processor.
@@ -117,7 +118,8 @@ def test_a_weight_at_a_midpoint_goes_down():
     assert bw.unpack_nibbles(packed, 16).tolist() == [15, *range(15)]
 
 
-def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied():
+@pytest.mark.parametrize("quantize", [bw.quantize_blockwise, kernels.quantize_blockwise])
+def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied(quantize):
     """A value for which the two round to different codes, as they do in bitsandbytes."""
     levels = get_levels("nf4")
     absmax = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -126,8 +128,8 @@ def test_a_short_last_block_is_divided_where_a_whole_one_is_multiplied():
     differs = (x / absmax > midpoint) & ~(x * (1 / absmax) > midpoint)
     i = differs.nonzero()[0]
     pair = torch.cat([absmax[i], x[i]])
-    short, _ = bw.quantize_blockwise(pair, levels, 32)
-    whole, _ = bw.quantize_blockwise(torch.cat([pair, torch.zeros(30)]), levels, 32)
+    short, _ = quantize(pair, levels, 32)
+    whole, _ = quantize(torch.cat([pair, torch.zeros(30)]), levels, 32)
     assert (short[0].item(), whole[0].item()) == (0xF9, 0xF8)
 
 

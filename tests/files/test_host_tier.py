@@ -37,6 +37,12 @@ def test_pinned_memory_that_is_refused_is_a_paging_error(monkeypatch):
         host_tier._reserve(1000, True, None)
 
 
+def test_the_space_of_a_file_is_taken_at_once(tmp_path):
+    with (tmp_path / "states").open("wb") as file:
+        host_tier._fill(file, 2**20)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 2**20
+
+
 IMPORT = "from qlora_edu.paging import PagedAdamW"
 
 
