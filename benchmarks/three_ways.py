@@ -70,7 +70,7 @@ TUNING_SEEDS, SEEDS, FEW_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1)
 CROSSED = {"lora": ("qlora", "nf3", "nf2"), "qlora": ("lora",), "nf3": ("lora",), "nf2": ("lora",)}
 
 
-def load_base(device: str = "cpu") -> tuple[Any, Any]:
+def load_base() -> tuple[Any, Any]:
     """The base in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -78,7 +78,7 @@ def load_base(device: str = "cpu") -> tuple[Any, Any]:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     model.config.use_cache = False
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(BASE)
+    return model.eval(), AutoTokenizer.from_pretrained(BASE)
 
 
 def make_trainable(model: nn.Module, way: str) -> None:
@@ -96,11 +96,20 @@ def make_trainable(model: nn.Module, way: str) -> None:
             model.get_input_embeddings().weight.requires_grad_()
 
 
+def prepare(way: str, device: str = "cpu") -> tuple[Any, Any]:
+    """The base, ready for a way of fine-tuning, and its tokenizer.
+
+    Adapters are drawn on the CPU and then moved: a card's generator has other numbers for a seed.
+    """
+    model, tokenizer = load_base()
+    make_trainable(model, way)
+    return model.to(device), tokenizer
+
+
 def run(spec: dict, device: str = "cpu") -> dict:
     """One fine-tune, measured; `spec` says which."""
     torch.manual_seed(spec["seed"])
-    model, tokenizer = load_base(device)
-    make_trainable(model, spec["way"])
+    model, tokenizer = prepare(spec["way"], device)
     rows = encode_conversations(tokenizer, read_conversations(TASKS / "train.jsonl"), 256)
     rows = rows[: spec["rows"]]
     order = row_order(len(rows), STEPS * ROWS_A_STEP, spec["seed"])
@@ -129,8 +138,7 @@ def run(spec: dict, device: str = "cpu") -> dict:
         tensors = adapter_tensors(model)
         result["on_another_base"] = {}
         for other in CROSSED[spec["way"]]:
-            model, _ = load_base(device)
-            make_trainable(model, other)
+            model, _ = prepare(other, device)
             load_adapters(model, tensors)
             result["on_another_base"][other] = measure(model, tokenizer, split, answers=100)
     return result
@@ -185,8 +193,7 @@ def cost(rounds: int = 8) -> list[dict]:
     models, seconds = {}, {way: [] for way in WAYS}
     for way in WAYS:
         torch.manual_seed(0)
-        models[way], _ = load_base()
-        make_trainable(models[way], way)
+        models[way], _ = prepare(way)
         train(models[way], [batch] * 3, 1e-3)
     for _ in range(rounds):
         for way, model in models.items():

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,28 @@ def test_each_way_trains_what_it_says(study, way, trainable):
     model, _ = study.load_base()
     study.make_trainable(model, way)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "qlora", "houlsby", "qlora + embeddings"])
+def test_a_seed_means_the_same_on_every_machine(study, monkeypatch, way):
+    """All that is drawn is there, in the processor's memory, before anything moves to a card."""
+    moved, real = [], torch.nn.Module.to
+
+    def to(model, device):
+        if device == "the card":
+            moved.append({name: p.clone() for name, p in model.named_parameters()})
+            return model
+        return real(model, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    torch.manual_seed(0)
+    there, _ = study.prepare(way, "the card")
+    torch.manual_seed(0)
+    here = dict(study.prepare(way)[0].named_parameters())
+    assert (
+        len(moved) == 1 and moved[0].keys() == here.keys() == dict(there.named_parameters()).keys()
+    )
+    assert all(torch.equal(moved[0][name], here[name]) for name in here)
 
 
 def test_a_short_run_is_measured_in_every_way(study, monkeypatch):
