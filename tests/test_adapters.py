@@ -141,8 +141,8 @@ LAST = f"{PEFT_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
             LoRAError,
             rf"{LAST} has shape \(32, 2\), the model needs \(32, 4\)",
         ),
-        (lambda t: t[LAST].fill_(math.nan), LoRAError, LAST),
-        (lambda t: t[LAST].fill_(-math.inf), LoRAError, LAST),
+        (lambda t: t[LAST].fill_(math.nan), LoRAError, f"{LAST} holds NaN or infinity"),
+        (lambda t: t[LAST].fill_(-math.inf), LoRAError, f"{LAST} holds NaN or infinity"),
         (lambda t: t.clear(), LoRAError, "empty"),
         (lambda t: t.update({LAST: t[LAST].int()}), LoRAError, "int32.*no floating"),
         (
@@ -172,6 +172,22 @@ def test_another_rank_lists_the_tensors():
         load_adapters(model, trained_tensors(other))
     assert str(error.value).startswith("tensors that do not fit (28): ")
     assert str(error.value).count("has shape") == 6 and "and 22 more" in str(error.value)
+
+
+def test_faults_of_every_kind_are_listed_together():
+    model = make("Llama")
+    add_lora(model, r=4, lora_alpha=8)
+    tensors = trained_tensors(model)
+    first = next(iter(tensors))
+    tensors[first] = torch.ones(2, 32)
+    tensors["zz.lora_A"] = tensors.pop(LAST)
+    with pytest.raises(LoRAError) as error:
+        load_adapters(model, tensors)
+    says = str(error.value)
+    assert says.startswith("tensors that do not fit (3): ")
+    assert f"{LAST} is missing from the adapter" in says
+    assert "zz.lora_A is not a tensor of this model" in says
+    assert f"{first} has shape (2, 32)" in says
 
 
 def test_an_untrained_adapter_loads_if_that_is_said():
@@ -250,12 +266,18 @@ def test_no_target_at_all_is_refused(targets):
         find_linear_layers(make("Llama"), targets)
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["c_attn"]])
-def test_conv1d_of_gpt2_is_refused_in_clear_words(target_modules):
+@pytest.mark.parametrize(
+    ("target_modules", "found"),
+    [
+        ("all-linear", r"but \[.*'Conv1D'.*\]"),
+        (["c_attn"], "c_attn cannot be adapted: Conv1D is not a plain nn.Linear"),
+    ],
+)
+def test_conv1d_of_gpt2_is_refused_in_clear_words(target_modules, found):
     model = make("GPT-2")
-    with pytest.raises(LoRAError, match=r"Conv1D.*PEFT can adapt it"):
+    with pytest.raises(LoRAError, match=f"{found}.*PEFT can adapt it"):
         add_lora(model, r=4, lora_alpha=8, target_modules=target_modules)
-    with pytest.raises(LoRAError, match=r"Conv1D.*PEFT can adapt it"):
+    with pytest.raises(LoRAError, match=f"{found}.*PEFT can adapt it"):
         replace_linear_layers(model, r=4, lora_alpha=8, target_modules=target_modules)
     assert all(parameter.requires_grad for parameter in model.parameters())
 

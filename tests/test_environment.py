@@ -125,6 +125,15 @@ def test_pip_is_never_left_to_choose_a_cuda_build_on_a_machine_without_a_card():
     assert not set_up.wants_cpu_build("Linux", has_nvidia=True)
 
 
+def test_the_pin_of_torch_is_read_or_its_absence_is_said():
+    text = (ROOT / "constraints.txt").read_text()
+    assert set_up.pinned_torch(text) == PINS["torch"]
+    with pytest.raises(set_up.SetUpError, match="no line torch=="):
+        set_up.pinned_torch(text.replace("\ntorch==", "\ntorchvision=="))
+    with pytest.raises(set_up.SetUpError, match="no line torch=="):
+        set_up.pinned_torch("")
+
+
 def test_cuda_packages_are_found(tmp_path):
     assert set_up.cuda_packages(tmp_path) == []
     (tmp_path / "nvidia_cublas-13.1.dist-info").mkdir()

@@ -18,6 +18,13 @@ def test_the_family_is_short_and_each_member_is_described():
         assert error.__doc__
 
 
+@pytest.mark.parametrize("error", [e for e in FAMILY if e not in (QloraError, DamagedFileError)])
+def test_code_that_knows_nothing_of_the_course_catches_a_built_in_error(error):
+    first, second = error.__bases__
+    assert first is QloraError and second.__module__ == "builtins"
+    assert second is not Exception
+
+
 def test_every_error_of_the_method_is_of_the_family():
     """Looked up in the source: no class that an `except QloraError` would miss."""
     known = {error.__name__ for error in FAMILY}

@@ -279,19 +279,19 @@ def test_loading_nan_is_refused(name):
 
 @pytest.mark.parametrize("r", [0, -1, 2.0, True, None])
 def test_a_bad_rank_is_refused(r):
-    with pytest.raises(LoRAError, match="rank r"):
+    with pytest.raises(LoRAError, match=f"not r={r!r}, "):
         LoRALinear(nn.Linear(4, 4), r, 1)
 
 
 @pytest.mark.parametrize("lora_alpha", [0, -1, math.nan, math.inf, "32", None])
 def test_a_bad_alpha_is_refused(lora_alpha):
-    with pytest.raises(LoRAError, match="lora_alpha"):
+    with pytest.raises(LoRAError, match=f"lora_alpha={lora_alpha!r}, "):
         LoRALinear(nn.Linear(4, 4), 1, lora_alpha)
 
 
 @pytest.mark.parametrize("lora_dropout", [-0.1, 1.0, 1.5, math.nan])
 def test_a_bad_dropout_is_refused(lora_dropout):
-    with pytest.raises(LoRAError, match="lora_dropout"):
+    with pytest.raises(LoRAError, match=f"lora_dropout={lora_dropout!r}$"):
         LoRALinear(nn.Linear(4, 4), 1, 1, lora_dropout=lora_dropout)
 
 

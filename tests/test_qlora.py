@@ -644,9 +644,9 @@ def test_a_deep_copy_is_independent():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, "rank r"),
-        ({"lora_alpha": -1}, "lora_alpha"),
-        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"r": 0}, "not r=0, "),
+        ({"lora_alpha": -1}, "lora_alpha=-1, "),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1\.0$"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -127,8 +127,8 @@ def rewrite(folder, **fields):
         ({"peft_type": "IA3"}, LoRAError, "IA3"),
         ({"r": 8}, LoRAError, "has shape"),
         ({"bias": "all"}, LoRAError, "bias"),
-        ({"r": 0}, LoRAError, "rank"),
-        ({"lora_alpha": "8"}, LoRAError, "lora_alpha"),
+        ({"r": 0}, LoRAError, "not r=0, "),
+        ({"lora_alpha": "8"}, LoRAError, "lora_alpha='8', "),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_and_the_model_stays(fields, error, says, tmp_path):

@@ -145,7 +145,8 @@ def test_interrupting_stops_the_answer_and_not_the_conversation(chat, talk, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Chat, "answer", interrupted)
-    assert "all: half (stopped)" in talk(chat, "Who?", "/help")
+    shown = talk(chat, "Who?", "/help")
+    assert "/compare NAME NAME" in shown.partition("all: half (stopped)")[2]
 
 
 @pytest.mark.parametrize("word", ["/quit", "quit", "Exit", "/exit"])

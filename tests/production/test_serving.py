@@ -167,11 +167,12 @@ def test_a_shelf_refuses_what_does_not_fit(tmp_path):
     base, _ = load_base(FinetuneConfig.from_preset("embedded", method="lora"))
     with pytest.raises(LoRAError, match="without an adapter"):
         AdapterShelf(base, {"base": FOLDERS["all"]})
-    with pytest.raises(LoRAError):
+    with pytest.raises(LoRAError, match="cannot read the adapter"):
         AdapterShelf(base, {"nothing": tmp_path})
     shelf = AdapterShelf(base, {"all": FOLDERS["all"]})
     before = logits_of(shelf.model)
-    for change in ("pop", "fill"):
+    says = {"pop": "is missing from the adapter", "fill": "holds NaN or infinity"}
+    for change in says:
         tensors = load_file(Path(FOLDERS["record"]) / "adapter_model.safetensors")
         key = sorted(tensors)[0]
         if change == "pop":
@@ -183,7 +184,7 @@ def test_a_shelf_refuses_what_does_not_fit(tmp_path):
         save_file(tensors, folder / "adapter_model.safetensors")
         config = (Path(FOLDERS["record"]) / "adapter_config.json").read_text()
         (folder / "adapter_config.json").write_text(config)
-        with pytest.raises(LoRAError):
+        with pytest.raises(LoRAError, match=f"{key} {says[change]}"):
             attach_adapter(shelf.model, folder, name="broken")
         assert list(shelf.model.peft_config) == ["all"]
         assert torch.equal(logits_of(shelf.model), before)

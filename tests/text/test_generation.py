@@ -192,8 +192,14 @@ def test_counts_that_mean_nothing_are_refused(tuned, prompts):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
+    ("setting", "says"),
+    [
+        ({"temperature": -1}, "not -1 and 1.0$"),
+        ({"temperature": float("nan")}, "not nan and 1.0$"),
+        ({"top_p": 0}, "not 1.0 and 0$"),
+        ({"top_p": 1.1}, "not 1.0 and 1.1$"),
+    ],
 )
-def test_bad_settings_are_refused(setting):
-    with pytest.raises(GenerationError, match=next(iter(setting))):
+def test_bad_settings_are_refused(setting, says):
+    with pytest.raises(GenerationError, match=says):
         next_token_probabilities(torch.zeros(3), **setting)

@@ -86,6 +86,8 @@ def first_and_second(ratings: dict[str, Interval]) -> str:
 
     >>> first_and_second({"a": Interval(1100, 1050, 1150), "b": Interval(900, 840, 960)})
     'a is first, and its interval is clear of that of b'
+    >>> first_and_second({"a": Interval(1100, 1050, 1150), "b": Interval(1060, 990, 1130)})
+    'a is first, but its interval overlaps that of b'
     """
     (first, best), (second, next_best) = list(ratings.items())[:2]
     overlaps = best.low <= next_best.high
