@@ -4,11 +4,13 @@ import hashlib
 import importlib.util
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Regex, pre_tokenizers
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BASE = DATA / "base-model"
@@ -114,6 +116,41 @@ def test_pretraining_text_never_shows_a_task(corpus, rows):
         for text in (turn["content"] for turn in turns):
             assert text not in passages and text.split("\n")[0] not in passages
             assert "Not mentioned." not in text and "as JSON with" not in text
+
+
+def contents(document: dict) -> list[str]:
+    """The texts of a document, without the template's tokens."""
+    return [
+        turn["content"] for turn in document.get("messages", [{"content": document.get("text")}])
+    ]
+
+
+def words(text: str) -> list[str]:
+    """The words as the tokenizer takes them apart: a space before a capital stands alone."""
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| (?=[A-Z])"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return [word for word, _ in splitter.pre_tokenize_str(text)]
+
+
+def test_in_the_next_text_every_word_of_the_tasks_lives_and_no_task_occurs(world, rows):
+    """A tenth of its late documents; the whole has ten times as many of each word."""
+    script, rng = load_script("make_corpus"), random.Random(0)
+    passages, wanted, seen = world.task_passages(), Counter(), Counter()
+    asked = {row["messages"][0]["content"].rsplit("\n", 1)[1] for row in rows["train"]}
+    for row in rows["train"]:
+        for turn in row["messages"]:
+            wanted.update(words(turn["content"]))
+    for _ in range(7_600):
+        for text in contents(json.loads(script.make_document(rng, script.LATE, passages) or "{}")):
+            seen.update(words(text or ""))
+            assert "Not mentioned" not in text and "as JSON with" not in text
+            assert text.split("\n")[0] not in passages and text.split("\n")[-1] not in asked
+    rare = {word: seen[word] for word, count in wanted.items() if count >= 20 and seen[word] < 70}
+    assert not rare
 
 
 def test_an_event_that_hides_a_fact_never_tells_it(world):
