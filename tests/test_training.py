@@ -209,6 +209,14 @@ def test_collate_is_trls_collator(encoded):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_training_is_in_training_mode_whatever_was_before(base, encoded):
+    """Dropout works only there."""
+    model, seen = own_model(base).eval(), []
+    model.register_forward_hook(lambda module, *_: seen.append(module.training))
+    train(model, [collate(encoded[:2])] * 2, 1e-3)
+    assert seen == [True, True]
+
+
 def test_training_refuses_what_cannot_be_trained(base, encoded):
     model = plain_model(base).requires_grad_(False)
     with pytest.raises(TrainingError, match="no parameter requires a gradient"):
