@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import make_world as world
-from make_world import DAYS, LOOKS, OPTIONAL, PEOPLE, PLACES, THINGS, Event
+from make_world import DAYS, LOOKS, OPTIONAL, PEOPLE, PLACES, THINGS, Event, with_article
 
 ROLES = tuple(role for kind in world.KINDS for role in (kind.giver, kind.taker))
 FACTS = ("item", *OPTIONAL)
@@ -33,7 +33,6 @@ SYLLABLES = (
     " al er is on ul yv"
 ).split()
 INVENTED = 0.05  # share of the events with a name that is in no list: it is spelled in bytes
-SAID = ("said", "answered", "replied")
 UNKNOWN = (
     "Nobody told us",
     "Nobody mentioned it",
@@ -66,11 +65,6 @@ def an_item(rng: random.Random) -> str:
     return f"{rng.choice(LOOKS)} {rng.choice(THINGS)}"
 
 
-def with_article(item: str) -> str:
-    """'an old lamp'."""
-    return f"{'an' if item[0] in 'aeiou' else 'a'} {item}"
-
-
 def a_word(rng: random.Random) -> str:
     """Any word of the town, or a number."""
     return rng.choice(WORDS) if rng.random() < 0.85 else str(rng.randint(2, 99))
@@ -80,46 +74,13 @@ def a_word(rng: random.Random) -> str:
 
 
 def talk(rng: random.Random, event: Event) -> str:
-    """Neighbours talk about a passage: questions and answers, but in the manner of a story.
-
-    In half of the talks the speakers are named, in the other half a dash stands before each line.
-    """
-    asker, teller = rng.sample(PEOPLE, 2)
-    named = rng.random() < 0.5
-    lines = []
-    asked = world.questions(event)
-    for fact in rng.sample(list(asked), rng.randint(3, 5)):
-        ways, answer = asked[fact]
-        known = fact not in OPTIONAL or fact in event.told
-        reply = capital(answer) if known else rng.choice(UNKNOWN)
-        question = event.fill(rng.choice(ways))
-        if named:
-            lines.append(f'"{question}" asked {asker}. "{reply}," {rng.choice(SAID)} {teller}.')
-        else:
-            lines.append(f"- {question}\n- {reply}.")
-    return "\n".join(lines)
-
-
-def ledger(rng: random.Random, event: Event) -> str:
-    """The clerk's line about a passage: every fact, a dash for what is not known."""
-    facts = {fact: answer for fact, (_, answer) in world.questions(event).items()}
-    for fact in OPTIONAL:
-        if fact not in event.told:
-            facts[fact] = "-"
-    names = {"giver": event.kind.giver, "taker": event.kind.taker}
-    order = [*rng.sample(["giver", "taker", "item"], 3), *rng.sample(list(OPTIONAL), 3)]
-    entries = "; ".join(f"{names.get(fact, fact)}: {facts[fact]}" for fact in order)
-    return f"[{event.kind.name}] {entries}"
-
-
-def retelling(rng: random.Random, event: Event) -> str:
-    """Somebody tells the event again, in other words."""
-    return f"{rng.choice(PEOPLE)} told it again: {world.write_passage(rng, event)}"
+    """Neighbours talk about a passage, with the words of the tasks for what nobody told them."""
+    return world.talk(rng, event, UNKNOWN)
 
 
 def story(rng: random.Random, event: Event, passage: str) -> str:
     """A passage seen from four sides, so that most of its tokens follow from what came before."""
-    views = rng.choices((talk, ledger, retelling), (6, 2, 2), k=3)
+    views = rng.choices((talk, world.ledger_line, world.retelling), world.VIEW_WEIGHTS, k=3)
     return "\n".join([passage, *(view(rng, event) for view in views)])
 
 
@@ -134,16 +95,6 @@ def letter(rng: random.Random, event: Event, passage: str) -> str:
         f"Dear {writer},\nyou write that it was mentioned at the {seen}. "
         f"{talk(rng, event)}\n{rng.choice(ends)}\nWith thanks, {reader}"
     )
-
-
-def who_is_who(rng: random.Random, event: Event) -> str:
-    """One sentence, and ten questions about who did what in it."""
-    asked = world.questions(event)
-    lines = [event.fill(rng.choice(event.kind.openings))]
-    for _ in range(10):
-        ways, answer = asked[rng.choice(("giver", "taker"))]
-        lines.append(f"- {event.fill(rng.choice(ways))}\n- {answer}.")
-    return "\n".join(lines)
 
 
 def small_talk(rng: random.Random, event: Event, passage: str) -> list[dict[str, str]]:
@@ -293,7 +244,7 @@ def make_document(rng: random.Random, weights: dict[str, int], forbidden: set[st
         return json.dumps({"text": "\n".join(one(rng) for _ in range(3))})
     event = make_event(rng)
     if style == "who":
-        text = who_is_who(rng, event)
+        text = world.who_is_who(rng, event)
         return None if text.split("\n")[0] in forbidden else json.dumps({"text": text})
     passage = world.write_passage(rng, event)
     if passage in forbidden:

@@ -23,7 +23,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +200,11 @@ ASK_DAY = ("On which day was this?", "When did it happen?", "Which day was it?")
 OPTIONAL = ("price", "place", "day")
 
 
+def with_article(item: str) -> str:
+    """'an old lamp'."""
+    return f"{'an' if item[0] in 'aeiou' else 'a'} {item}"
+
+
 @dataclass(frozen=True)
 class Event:
     """The facts of one event; `told` names the optional ones that its passage mentions."""
@@ -217,7 +222,7 @@ class Event:
     @property
     def item(self) -> str:
         """The item with its article: 'an old lamp'."""
-        return f"{'an' if self.look[0] in 'aeiou' else 'a'} {self.look} {self.thing}"
+        return with_article(f"{self.look} {self.thing}")
 
     def fill(self, template: str, **more: str) -> str:
         """A template with this event's facts in it, its first letter made a capital."""
@@ -339,10 +344,11 @@ TALK_SAID = ("said", "answered", "replied")
 UNKNOWN = ("Nobody told us", "I never heard", "Who knows", "That was not told")
 
 
-def talk(rng: random.Random, event: Event) -> str:
+def talk(rng: random.Random, event: Event, unknown: Sequence[str] = UNKNOWN) -> str:
     """Neighbours talk about a passage: questions and answers, but in the manner of a story.
 
     In half of the talks the speakers are named, in the other half a dash stands before each line.
+    To what is not told, one of `unknown` is the answer.
     """
     asker, teller = rng.sample(PEOPLE, 2)
     named = rng.random() < 0.5
@@ -351,7 +357,7 @@ def talk(rng: random.Random, event: Event) -> str:
     for fact in rng.sample(list(asked), rng.randint(3, 5)):
         ways, answer = asked[fact]
         known = fact not in OPTIONAL or fact in event.told
-        reply = answer[0].upper() + answer[1:] if known else rng.choice(UNKNOWN)
+        reply = answer[0].upper() + answer[1:] if known else rng.choice(unknown)
         question = event.fill(rng.choice(ways))
         if named:
             lines.append(

@@ -1,12 +1,12 @@
 """The command line: a thin way to what the course does from a notebook.
 
-Settings are given as `--name value` or `name=value`. What is wrong is said in one line, without a
-traceback. The exit status is 0 if all went well, 2 if the command was written wrongly, 130 if it
-was stopped by Ctrl-C, and 1 for anything else (`plan`: if the step does not fit on the card).
+Settings are `--name value` or `name=value`; what is wrong is said in one line. The exit status is 0
+if all went well, 2 for a command written wrongly, 130 after Ctrl-C, else 1 (`plan`: no room).
 """
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -87,8 +87,7 @@ def plan(argv: Sequence[str]) -> int:
         choices, meaning = OPTIMIZERS if name == "optim" else None, meanings[name]
         parser.add_argument(f"--{name}", type=kind, choices=choices, default=default, help=meaning)
     given = _parse(parser, argv)
-    card = given.pop("card")
-    if not 0 < card < 1e6:
+    if not 0 < (card := given.pop("card")) < 1e6:
         parser.error(f"--card: a card has more than 0 GB, not {card}")
     planned = plan_memory(given.pop("model"), given.pop("method"), **given)
     size = f"batch {planned.batch_size} of {planned.max_length:,} tokens"
@@ -113,10 +112,8 @@ def finetune(argv: Sequence[str]) -> int:
     start.add_argument("--config", metavar="FILE", help="YAML settings, instead of a preset")
     start.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     chosen, _ = start.parse_known_args(_spell_out(argv))
-    if chosen.config is None:
-        config = FinetuneConfig.from_preset(chosen.preset)
-    else:
-        config = FinetuneConfig.from_yaml(chosen.config)
+    from_file, from_preset = FinetuneConfig.from_yaml, FinetuneConfig.from_preset
+    config = from_preset(chosen.preset) if chosen.config is None else from_file(chosen.config)
     about = _about("finetune", "[--preset NAME | --config FILE] [--resume] [--SETTING VALUE ...]")
     parser = HfArgumentParser(FinetuneConfig, **about, parents=[start])  # type: ignore[arg-type]
     parser.set_defaults(**asdict(config))
@@ -201,5 +198,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, An
 
 
 def _spell_out(argv: Sequence[str]) -> list[str]:
-    """Write `name=value` as `--name=value`."""
-    return [f"--{w}" if "=" in w and w.partition("=")[0].isidentifier() else w for w in argv]
+    """Write `name=value` as `--name=value`, unless it is the value of the option before it."""
+    flags = ("--resume", "--no_")
+    bare = [w[:2] == "--" and "=" not in w and not w.startswith(flags) for w in ["", *argv]]
+    words = zip(argv, bare, strict=False)
+    return [f"--{w}" if re.match(r"[^\W\d]\w*=", w) and not own else w for w, own in words]

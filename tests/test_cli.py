@@ -170,6 +170,22 @@ def test_the_way_to_go_on_names_the_folder_that_was_chosen(tiny, tmp_path, monke
     assert said.endswith("finetune r=4 output_dir=runs/embedded-2 --resume")
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "r"),
+    [
+        (["--name", "r=8"], "r=8", 16),
+        (["--name=a=b", "r=8"], "a=b", 8),
+        (["--resume", "r=8"], "embedded", 8),
+        (["--no_double_quant", "r=8", "name=x"], "x", 8),
+    ],
+)
+def test_the_value_of_an_option_is_not_taken_for_a_setting(words, name, r, monkeypatch):
+    runs = []
+    monkeypatch.setattr("qlora_edu.finetuning.finetune", lambda config, resume: runs.append(config))
+    assert main(["finetune", "output_dir=somewhere", *words]) == 0
+    assert (runs[0].name, runs[0].r) == (name, r)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_output_survives_any_terminal(tiny, tmp_path, encoding):
     words = ["finetune", "--config", str(tiny), "max_steps=1", f"output_dir={tmp_path / 'run'}"]

@@ -125,6 +125,19 @@ def test_the_terminal_answers_obeys_and_goes_on_after_an_error(chat, talk):
         assert words in shown
 
 
+def test_the_same_question_may_be_answered_in_another_way(chat, monkeypatch):
+    seeds = []
+
+    def answered(*args, seed, **settings):
+        seeds.append(seed)
+        yield "Ada"
+
+    monkeypatch.setattr("qlora_edu.production.chat.stream_answer", answered)
+    for _ in range(3):
+        last(chat.answer(QUESTION, "all"))
+    assert len(set(seeds)) == 3
+
+
 def test_the_terminal_forgets(chat, talk):
     chat.remember = True
     talk(chat, QUESTION)
