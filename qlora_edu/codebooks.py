@@ -195,8 +195,7 @@ def level_usage(codes: Tensor, n_levels: int = 16) -> Tensor:
     >>> level_usage(torch.tensor([0, 1, 1, 3], dtype=torch.uint8), 4)
     tensor([0.2500, 0.5000, 0.0000, 0.2500], dtype=torch.float64)
     """
-    counts = torch.bincount(codes.flatten().long(), minlength=n_levels)
-    return counts.double() / codes.numel()
+    return torch.bincount(codes.flatten().long(), minlength=n_levels).double() / codes.numel()
 
 
 def entropy_bits(usage: Tensor) -> float:

@@ -1,11 +1,13 @@
 """Chapter 8: what several runs show: a mean with its interval, and whether two ways are equal."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qlora_edu.errors import TrainingError
+
+Runs = Sequence[float]  # the value of a measure for each run, by seed
 
 
 class Interval(NamedTuple):
@@ -16,12 +18,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def no_spread(values: Sequence[float]) -> bool:
+def no_spread(values: Runs) -> bool:
     """Whether values are the same but for rounding."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: Runs, confidence: float = 0.95) -> Interval:
     """Student's t interval for the mean of two or more independent runs.
 
     >>> [round(end, 3) for end in mean_interval([0.90, 0.94, 0.92])]
@@ -55,13 +57,13 @@ class Equivalence(NamedTuple):
 
 
 def equivalence(
-    first: Sequence[float], second: Sequence[float], margin: float, level: float = 0.05
+    first: Runs, second: Runs, margin: float, level: float = 0.05, paired: bool = True
 ) -> Equivalence:
     """Are two methods equal up to `margin`? Two one-sided t tests on runs paired by seed.
 
     "They differ by the margin or more" has to be refuted on both sides, each at `level`: to find
     *no difference* proves nothing, with few seeds. Choose the margin, in the unit of the values,
-    before you look at the runs. Source: Schuirmann (1987).
+    before you look at the runs. If not `paired`, by Welch's tests. Source: Schuirmann (1987).
 
     >>> full, qlora = [0.95, 0.97, 0.96, 0.97], [0.94, 0.97, 0.97, 0.96]
     >>> equivalence(qlora, full, margin=0.03).verdict
@@ -69,20 +71,26 @@ def equivalence(
     >>> equivalence(qlora, full, margin=0.005).verdict  # which is not "different"
     'not shown'
     """
-    from scipy.stats import ttest_1samp
+    from scipy.stats import ttest_1samp, ttest_ind
 
-    if len(first) != len(second):
+    if paired and len(first) != len(second):
         raise TrainingError(f"{len(first)} runs cannot be paired with {len(second)}: one per seed")
     if not margin > 0:
         raise TrainingError(f"the margin must be positive, not {margin}")
-    d = np.subtract(first, second)
-    difference = mean_interval(d, 1 - 2 * level)
-    if no_spread(d):  # nothing to estimate: the one difference decides
-        p = float(abs(difference.mean) >= margin)
+    mean = mean_interval(first).mean - mean_interval(second).mean
+    groups = [np.subtract(first, second)] if paired else [first, second]
+
+    def test(shift: float, side: str) -> Any:
+        if paired:
+            return ttest_1samp(groups[0], shift, alternative=side)
+        return ttest_ind(np.subtract(first, shift), second, equal_var=False, alternative=side)
+
+    if all(no_spread(group) for group in groups):  # nothing to estimate: the difference decides
+        difference, p = Interval(mean, mean, mean), float(abs(mean) >= margin)
     else:
-        above = ttest_1samp(d, -margin, alternative="greater").pvalue
-        below = ttest_1samp(d, margin, alternative="less").pvalue
-        p = float(max(above, below))
+        low, high = test(0.0, "two-sided").confidence_interval(1 - 2 * level)
+        difference = Interval(mean, float(low), float(high))
+        p = float(max(test(-margin, "greater").pvalue, test(margin, "less").pvalue))
     beyond = difference.low > margin or difference.high < -margin
     verdict = "equivalent" if p < level else "different" if beyond else "not shown"
     return Equivalence(difference, p, p < level, verdict)

@@ -196,6 +196,5 @@ def _fit(wins: np.ndarray) -> np.ndarray:
 
 
 def _intervals(systems: list[str], centre: np.ndarray, found: np.ndarray) -> dict[str, Interval]:
-    low_and_high = np.quantile(found, (0.025, 0.975), axis=0)
-    columns = zip(systems, centre, *low_and_high, strict=True)
+    columns = zip(systems, centre, *np.quantile(found, (0.025, 0.975), axis=0), strict=True)
     return {name: Interval(*map(float, numbers)) for name, *numbers in columns}

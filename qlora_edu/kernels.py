@@ -294,5 +294,4 @@ class PrefetchingPagedAdamW(PagedAdamW):
     def flush(self) -> None:
         """Write every changed page back, and wait for it; the frames keep what they hold."""
         if self.frames:
-            moves = self._write_back(self.table.frame_of.items())
-            self._copier.finish(self._copier.start(moves))
+            self._copier.finish(self._copier.start(self._write_back(self.table.frame_of.items())))

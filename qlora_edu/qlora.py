@@ -190,8 +190,7 @@ class QLoRALinear(LoRALayer):
         if ours:
             self._hold(weight.to(self.weight.device))
         else:
-            missing_keys = args[2]  # after the metadata and `strict`
-            missing_keys.append(key)
+            args[2].append(key)  # the missing keys stand after the metadata and `strict`
 
 
 class FusedQLoRALinear(QLoRALinear):
@@ -282,5 +281,4 @@ def surviving_share(before: Tensor, after: Tensor, delta: Tensor) -> float:
     0.6666666865348816
     """
     delta = delta.float()
-    moved = (after.float() - before.float()) * delta
-    return (moved.sum() / delta.square().sum()).item()
+    return (((after.float() - before.float()) * delta).sum() / delta.square().sum()).item()

@@ -35,6 +35,27 @@ def test_equivalence_is_two_one_sided_paired_t_tests():
     assert found.equivalent == inside == (found.p < 0.05)
 
 
+def test_equivalence_without_pairs_is_two_one_sided_welch_tests():
+    """The groups may have other spreads and sizes; where runs go together, pairs say more."""
+    from scipy import stats
+
+    first, second, margin = [0.95, 0.97, 0.96, 0.99], [0.90, 0.99, 0.97], 0.08
+    found = equivalence(first, second, margin, paired=False)
+    p = [
+        stats.ttest_ind(
+            [x + shift for x in first], second, equal_var=False, alternative=side
+        ).pvalue
+        for shift, side in ((margin, "greater"), (-margin, "less"))
+    ]
+    assert found.p == pytest.approx(max(p))
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.9)
+    assert found.difference == pytest.approx((0.9675 - 2.86 / 3, low, high))
+    together = [0.80, 0.90, 1.00], [0.81, 0.90, 0.99]
+    assert equivalence(*together, 0.05).verdict == "equivalent"
+    assert equivalence(*together, 0.05, paired=False).verdict == "not shown"
+    assert equivalence([0.5, 0.5], [0.5, 0.5, 0.5], 0.1, paired=False).equivalent
+
+
 def test_equivalence_has_a_verdict_for_runs_without_spread(recwarn):
     assert equivalence([0.5, 0.5], [0.5, 0.5], 0.1).equivalent
     assert not equivalence([0.9, 0.9], [0.5, 0.5], 0.1).equivalent

@@ -67,8 +67,7 @@ def load_chat(model: str = EMBEDDED, adapters: Mapping[str, Any] = {}, **setting
     if not adapters and model == EMBEDDED:  # the course's four
         found = sorted(Path(locate("data/adapters")).glob("*/adapter_config.json"))
         adapters = {path.parent.name: path.parent for path in found}
-    config = FinetuneConfig.from_preset("embedded", model=model, **settings)
-    base, tokenizer = load_base(config)
+    base, tokenizer = load_base(FinetuneConfig.from_preset("embedded", model=model, **settings))
     return Chat(AdapterShelf(base, adapters), tokenizer)
 
 

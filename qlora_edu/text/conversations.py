@@ -216,8 +216,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
 def messages_of(row: Any, where: str) -> list[Message]:
     """The turns of a row; `DataError` if it, or one of them, has another form than `ROW`."""
     fields = row if isinstance(row, dict) else {}
-    turns: Any = fields.get("messages")
-    text = fields.get("text")
+    turns, text = fields.get("messages"), fields.get("text")
     if turns is None and isinstance(text, str):
         before, *pieces = re.split(r"### (Human|Assistant):", text)
         if pieces and not before.strip():
@@ -230,9 +229,8 @@ def messages_of(row: Any, where: str) -> list[Message]:
 
 
 def _is_message(turn: Any) -> bool:
-    if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
-        return False  # other keys would be lost
-    return turn["role"] in ROLES and isinstance(turn["content"], str)
+    two = isinstance(turn, dict) and turn.keys() == {"role", "content"}  # others would be lost
+    return two and turn["role"] in ROLES and isinstance(turn["content"], str)
 
 
 def _warn(places: list[str], what: str) -> None:
