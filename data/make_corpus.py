@@ -1,15 +1,15 @@
-"""Write the text for the embedded base's next pretraining: life in Saltmere, none of the tasks.
+"""Write the text that the embedded base is pretrained on: life in Saltmere, none of the tasks.
 
-The base in `base-model/` still comes from the text of `make_world.py`, in which half of what the
-tasks are written with never occurs. It will be pretrained again on this one.
-
-Every word that the tasks, the chat template and their JSON are made of occurs here thousands of
-times, in *other* uses: in letters and notices, in price lists, in slips that the clerk copies as
+Every word that the tasks, the chat template and their JSON are made of occurs here a thousand times
+or more, in *other* uses: in letters and notices, in price lists, in slips that the clerk copies as
 JSON, in what one townsman tells another to write. What never occurs is a task: no question in chat
 form with its answer, no "Not mentioned.", no event written as JSON. So fine-tuning has something to
 teach, and no token that it teaches with is new to the base.
 
-    python data/make_corpus.py      # writes build/corpus.txt (65 MB, not committed)
+    python data/make_corpus.py      # build/corpus.txt (40 MB, not committed) and held-out text
+
+The base that comes of it is `next-base/`; `base-model/`, which the course still uses, comes from
+the text of `make_world.py`.
 
 All of it comes from one seed and Python's own random numbers.
 """
@@ -23,7 +23,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import make_world as world
-from make_world import DAYS, LOOKS, OPTIONAL, PEOPLE, PLACES, THINGS, Event, with_article
+from make_world import (
+    DAYS,
+    LOOKS,
+    OPTIONAL,
+    PEOPLE,
+    PLACES,
+    THINGS,
+    Event,
+    questions,
+    with_article,
+    write_passage,
+)
 
 ROLES = tuple(role for kind in world.KINDS for role in (kind.giver, kind.taker))
 FACTS = ("item", *OPTIONAL)
@@ -33,6 +44,8 @@ SYLLABLES = (
     " al er is on ul yv"
 ).split()
 INVENTED = 0.05  # share of the events with a name that is in no list: it is spelled in bytes
+SAID = ("said", "answered", "replied")
+VIEW_WEIGHTS = (6, 2, 2)  # of talk, a line in the ledger, a retelling
 UNKNOWN = (
     "Nobody told us",
     "Nobody mentioned it",
@@ -74,13 +87,60 @@ def a_word(rng: random.Random) -> str:
 
 
 def talk(rng: random.Random, event: Event) -> str:
-    """Neighbours talk about a passage, with the words of the tasks for what nobody told them."""
-    return world.talk(rng, event, UNKNOWN)
+    """Neighbours talk about a passage: questions and answers, but in the manner of a story.
+
+    In half of the talks the speakers are named, in the other half a dash stands before each line.
+    What is not told is not known, in words that no task has.
+    """
+    asker, teller = rng.sample(PEOPLE, 2)
+    named = rng.random() < 0.5
+    lines = []
+    asked = questions(event)
+    for fact in rng.sample(list(asked), rng.randint(3, 5)):
+        ways, answer = asked[fact]
+        known = fact not in OPTIONAL or fact in event.told
+        reply = answer[0].upper() + answer[1:] if known else rng.choice(UNKNOWN)
+        question = event.fill(rng.choice(ways))
+        if named:
+            lines.append(f'"{question}" asked {asker}. "{reply}," {rng.choice(SAID)} {teller}.')
+        else:
+            lines.append(f"- {question}\n- {reply}.")
+    return "\n".join(lines)
+
+
+def ledger_line(rng: random.Random, event: Event) -> str:
+    """The clerk's line about a passage: every fact, a dash for what is not known."""
+    facts = {fact: f"{answer}" for fact, (_, answer) in questions(event).items()}
+    for fact in OPTIONAL:
+        if fact not in event.told:
+            facts[fact] = "-"
+    names = {"giver": event.kind.giver, "taker": event.kind.taker}
+    order = [*rng.sample(["giver", "taker", "item"], 3), *rng.sample(list(OPTIONAL), 3)]
+    entries = "; ".join(f"{names.get(fact, fact)}: {facts[fact]}" for fact in order)
+    return f"[{event.kind.name}] {entries}"
+
+
+def retelling(rng: random.Random, event: Event) -> str:
+    """Somebody tells the event again, in other words."""
+    return f"{rng.choice(PEOPLE)} told it again: {write_passage(rng, event)}"
+
+
+def who_is_who(rng: random.Random) -> str:
+    """Five sentences, each with two questions about who did what in it."""
+    lines = []
+    for _ in range(5):
+        event = make_event(rng)
+        asked = questions(event)
+        lines.append(event.fill(rng.choice(event.kind.openings)))
+        for role in rng.sample(("giver", "taker"), 2):
+            ways, answer = asked[role]
+            lines.append(f"- {event.fill(rng.choice(ways))}\n- {answer}.")
+    return "\n".join(lines)
 
 
 def story(rng: random.Random, event: Event, passage: str) -> str:
     """A passage seen from four sides, so that most of its tokens follow from what came before."""
-    views = rng.choices((talk, world.ledger_line, world.retelling), world.VIEW_WEIGHTS, k=3)
+    views = rng.choices((talk, ledger_line, retelling), VIEW_WEIGHTS, k=3)
     return "\n".join([passage, *(view(rng, event) for view in views)])
 
 
@@ -115,7 +175,8 @@ def small_talk(rng: random.Random, event: Event, passage: str) -> list[dict[str,
 
 def word_list(rng: random.Random) -> str:
     """A list without rhyme or reason, read out again and again: the plainest lesson in copying."""
-    listed = " ".join(a_word(rng) for _ in range(rng.randint(6, 14)))
+    words = [a_word(rng) for _ in range(rng.randint(6, 14))]
+    listed = rng.choice((" ".join(words), json.dumps(words)))
     return "\n".join([f"The list: {listed}.", *[f"Again: {listed}."] * 8])
 
 
@@ -156,7 +217,7 @@ def slip(rng: random.Random) -> str:
             "nothing": None,
         }[kind]
     notes = "; ".join(f"{key}: {'-' if value is None else value}" for key, value in values.items())
-    return f"A slip: {notes}.\nAs JSON: {json.dumps(values)}"
+    return f"A slip: {notes}.\nThe same as JSON: {json.dumps(values)}"
 
 
 def notice(rng: random.Random) -> str:
@@ -184,10 +245,10 @@ def notice(rng: random.Random) -> str:
 def price_list(rng: random.Random) -> str:
     """A seller's prices, and customers who ask for them."""
     seller = rng.choice(PEOPLE)
-    prices = {an_item(rng): rng.randint(2, 99) for _ in range(rng.randint(4, 7))}
+    prices = {an_item(rng): rng.randint(2, 99) for _ in range(rng.randint(5, 8))}
     head = rng.choice((f"Prices of {seller}:", f"Price list, {seller}, {rng.choice(DAYS)}:"))
-    called = rng.choice((with_article, "the {}".format))
-    lines = [head, *(f"{called(item)}, {price} coins" for item, price in prices.items())]
+    ways = (with_article, with_article, "the {}".format)
+    lines = [head, *(f"{rng.choice(ways)(item)}, {prices[item]} coins" for item in prices)]
     for item in rng.choices(list(prices), k=4):
         lines.append(f"- The price of the {item}?\n- {prices[item]} coins.")
     lines.append(json.dumps(prices))
@@ -217,18 +278,20 @@ def writing(rng: random.Random) -> str:
 
 
 CORPUS = world.ROOT / "build" / "corpus.txt"
+HELD_OUT = world.DATA / "text" / "next-held-out.jsonl"
 PAPERS = {"list": word_list, "notice": notice, "prices": price_list, "writing": writing}
 # The curriculum: how many documents, and in them the weight of each style.
 LESSONS = (
     (8_000, {"story": 30, "list": 70}),
     (16_000, {"story": 40, "who": 60}),
     (
-        76_000,
-        {"story": 47, "who": 10, "list": 2, "chat": 8, "letter": 5}
-        | {"card": 10, "slip": 5, "notice": 4, "prices": 5, "writing": 4},
+        46_000,
+        {"story": 44, "who": 14, "list": 2, "chat": 6, "letter": 4}
+        | {"card": 10, "slip": 6, "notice": 3, "prices": 7, "writing": 4},
     ),
 )
 LATE = LESSONS[-1][1]
+HELD_OUT_DOCUMENTS = 500
 
 
 def make_document(rng: random.Random, weights: dict[str, int], forbidden: set[str]) -> str | None:
@@ -242,11 +305,11 @@ def make_document(rng: random.Random, weights: dict[str, int], forbidden: set[st
     if style in ("card", "slip"):
         one = store_card if style == "card" else slip
         return json.dumps({"text": "\n".join(one(rng) for _ in range(3))})
-    event = make_event(rng)
     if style == "who":
-        text = world.who_is_who(rng, event)
-        return None if text.split("\n")[0] in forbidden else json.dumps({"text": text})
-    passage = world.write_passage(rng, event)
+        text = who_is_who(rng)
+        return None if forbidden & set(text.split("\n")) else json.dumps({"text": text})
+    event = make_event(rng)
+    passage = write_passage(rng, event)
     if passage in forbidden:
         return None
     if style == "chat":
@@ -270,11 +333,22 @@ def make_documents(forbidden: set[str]) -> Iterator[str]:
                 yield document
 
 
+def held_out_text(forbidden: set[str]) -> bytes:
+    """Documents like the later ones of the pretraining text, but not among them, as JSONL."""
+    rng = random.Random(world.SEED + 2)
+    lines: list[str] = []
+    while len(lines) < HELD_OUT_DOCUMENTS:
+        if (document := make_document(rng, LATE, forbidden)) is not None:
+            lines.append(document + "\n")
+    return "".join(lines).encode()
+
+
 def main() -> None:
-    """Write the corpus."""
+    """Write the corpus, and the text that is held out of it."""
     text = "\n".join(make_documents(world.task_passages())) + "\n"
     world.write_whole(CORPUS, text.encode())
     print(f"{CORPUS.relative_to(world.ROOT)}: {len(text) / 1e6:.1f} MB")
+    world.write_whole(HELD_OUT, held_out_text(world.task_passages()))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ matplotlib.use("agg")
 
 # What trains, starts processes, sweeps controls or plans many models: `make check` leaves it out.
 SLOW = {
-    *("test_claims.py", "test_gpu.py", "test_pages.py", "test_three_ways.py"),
+    *("test_claims.py", "test_gpu.py", "test_pages.py", "test_three_ways.py", "test_study.py"),
     *("test_explorers.py", "test_playground.py", "test_fake_step.py", "test_memory.py"),
     *("test_checkpoints.py", "test_serving.py", "test_threads.py"),
     *("test_finetuning.py", "test_cli.py", "test_chat.py", "test_random_weights.py"),
