@@ -215,7 +215,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def messages_of(row: Any, where: str) -> list[Message]:
     """The turns of a row; `DataError` if it, or one of them, has another form than `ROW`."""
-    fields = row if isinstance(row, dict) else {}
+    fields: Any = row if isinstance(row, dict) else {}
     turns, text = fields.get("messages"), fields.get("text")
     if turns is None and isinstance(text, str):
         before, *pieces = re.split(r"### (Human|Assistant):", text)
