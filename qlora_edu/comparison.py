@@ -1,6 +1,7 @@
 """Chapter 8: what several runs show: a mean with its interval, and whether two ways are equal."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def equivalence(
     >>> equivalence(qlora, full, margin=0.005).verdict  # which is not "different"
     'not shown'
     """
-    from scipy.stats import ttest_1samp, ttest_ind
+    from scipy.stats import ttest_ind, ttest_rel
 
     if paired and len(first) != len(second):
         raise TrainingError(f"{len(first)} runs cannot be paired with {len(second)}: one per seed")
@@ -79,18 +80,15 @@ def equivalence(
         raise TrainingError(f"the margin must be positive, not {margin}")
     mean = mean_interval(first).mean - mean_interval(second).mean
     groups = [np.subtract(first, second)] if paired else [first, second]
-
-    def test(shift: float, side: str) -> Any:
-        if paired:
-            return ttest_1samp(groups[0], shift, alternative=side)
-        return ttest_ind(np.subtract(first, shift), second, equal_var=False, alternative=side)
-
+    test: Any = ttest_rel if paired else partial(ttest_ind, equal_var=False)  # Student's, Welch's
     if all(no_spread(group) for group in groups):  # nothing to estimate: the difference decides
         difference, p = Interval(mean, mean, mean), float(abs(mean) >= margin)
     else:
-        low, high = test(0.0, "two-sided").confidence_interval(1 - 2 * level)
+        low, high = test(first, second).confidence_interval(1 - 2 * level)
         difference = Interval(mean, float(low), float(high))
-        p = float(max(test(-margin, "greater").pvalue, test(margin, "less").pvalue))
+        above = test(np.add(first, margin), second, alternative="greater").pvalue
+        below = test(np.subtract(first, margin), second, alternative="less").pvalue
+        p = float(max(above, below))
     beyond = difference.low > margin or difference.high < -margin
     verdict = "equivalent" if p < level else "different" if beyond else "not shown"
     return Equivalence(difference, p, p < level, verdict)

@@ -281,4 +281,5 @@ def surviving_share(before: Tensor, after: Tensor, delta: Tensor) -> float:
     0.6666666865348816
     """
     delta = delta.float()
-    return (((after.float() - before.float()) * delta).sum() / delta.square().sum()).item()
+    moved = (after.float() - before.float()) * delta
+    return (moved.sum() / delta.square().sum()).item()
