@@ -1,6 +1,9 @@
 """The study of chapter 8: ways to fine-tune, each at its best learning rate, fairly compared.
 
-    make experiments        # up to three hours on two cores; interrupt it, run it again, it goes on
+    python -m benchmarks.study      # hours on two cores; interrupt it, run it again, it goes on
+
+It waits for the base in `data/next-base/`. Until then `make experiments` runs `three_ways.py`, and
+notebook 8 shows what that has stored; it goes when this study has taken its place.
 
 Every run sees 300 steps of 8 rows of the embedded tasks; runs of one seed see the same rows in the
 same order. The learning rate warms up over 10 steps and falls along a cosine.

@@ -103,7 +103,6 @@ def one_step_is_slow(report):
     [
         ("65b-on-48gb", "gpu_headline", too_large, "contradicted"),
         ("65b-on-48gb", "gpu_headline", too_large_with_the_rest_of_the_card, "contradicted"),
-        ("qlora-equals-lora", "three_ways", qlora_worse, "contradicted"),
         ("qlora-slower-than-lora", "gpu_steps", slow_lora, "contradicted"),
         ("nf4-keeps-quality", "three_ways", four_bits_ruin, "contradicted"),
         ("judges-disagree", "tournament", all_answer_alike, "not here"),
@@ -116,6 +115,14 @@ def test_another_measurement_gives_another_verdict(monkeypatch, kept, id, name, 
     now = ledger.check(id)
     assert now["verdict"] == verdict != before["verdict"]
     assert {now[field] for field in FIELDS[:4]} == {before[field] for field in FIELDS[:4]}
+
+
+def test_a_small_model_does_not_contradict_what_is_said_of_large_ones(monkeypatch, kept):
+    before = next(row for row in kept if row["id"] == "qlora-equals-lora")
+    altered(monkeypatch, "three_ways", qlora_worse)
+    now = ledger.check("qlora-equals-lora")
+    assert now["verdict"] == "in part" and now["value"] != before["value"]
+    assert "refuted" in now["because"] and "says nothing" in now["because"]
 
 
 def test_another_measurement_changes_the_estimate_of_a_row_without_a_verdict(monkeypatch, kept):
