@@ -20,8 +20,10 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ CORPUS = ROOT / "build" / "corpus.txt"
 BASE = ROOT / "data" / "next-base"
 SEED = 20230523
 ENOUGH = 200  # times in the corpus
+LONG, FEW = 192, 24  # tokens of a row, rows of a batch
+SHORT, MANY = 48, 96  # the same, where all of so many rows are short
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -113,6 +117,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[dict], length: in
     return rows
 
 
+def batches(rows: torch.Tensor, padding: int) -> list[tuple[int, int, int]]:
+    """First row, last row (exclusive) and width of each batch, over all rows in their order."""
+    short = (rows != padding).sum(1) <= SHORT
+    found, start = [], 0
+    while start + FEW <= len(rows):
+        many = start + MANY <= len(rows) and bool(short[start : start + MANY].all())
+        stop, width = (start + MANY, SHORT) if many else (start + FEW, rows.shape[1])
+        found.append((start, stop, width))
+        start = stop
+    return found
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of about 3 million parameters, freshly initialised."""
     config = LlamaConfig(
@@ -158,33 +174,35 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 def pretrain(
-    model: LlamaForCausalLM, rows: torch.Tensor, steps: int, batch: int, lr: float, scratch: Path
+    model: LlamaForCausalLM, rows: torch.Tensor, lr: float, bfloat16: bool, scratch: Path
 ) -> list[tuple[int, float]]:
-    """Next-token training in float32; returns (step, mean loss over 50 steps) pairs.
+    """Next-token training; returns (step, mean loss over 50 steps) pairs.
 
     Padding stands at the end of a row, where no earlier token sees it, and has no loss.
     """
     optimizers = make_optimizers(model, lr)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, dynamic=False)
     curve, recent = [], []
-    progress = tqdm(range(steps), mininterval=10)
-    for step in progress:
+    plan = batches(rows, model.config.pad_token_id)
+    progress = tqdm(plan, mininterval=10)
+    for step, (start, stop, width) in enumerate(progress):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate_share(step, steps)
-        ids = rows[step * batch : (step + 1) * batch].long()
-        logits = compiled(input_ids=ids).logits
+                group["lr"] = lr * learning_rate_share(step, len(plan))
+        ids = rows[start:stop, :width].long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = compiled(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1),
+            logits[:, :-1].float().flatten(0, 1),
             ids[:, 1:].flatten(),
             ignore_index=model.config.pad_token_id,
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            with InFloat32():
+        with nullcontext() if bfloat16 else InFloat32():
+            for optimizer in optimizers:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         recent.append(loss.item())
         if len(recent) == 50:
             curve.append((step + 1, sum(recent) / 50))
@@ -257,23 +275,19 @@ def write_checksums() -> None:
 def main() -> None:
     """Train tokenizer and model, then put the finished folder in place in one move."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
-    parser.add_argument("--steps", type=int, default=2850)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--length", type=int, default=192)
+    parser.add_argument("--documents", type=int, help="read only so many")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="faster where the processor multiplies in it"
+    )
     parser.add_argument("--out", type=Path, default=BASE)
     arguments = parser.parse_args()
 
-    documents = read_documents()
-    tokenizer = train_tokenizer(documents)
-    wanted = arguments.steps * arguments.batch
-    if wanted > len(documents):
-        raise SystemExit(
-            f"{wanted} documents wanted, the corpus holds {len(documents)}: use fewer --steps"
-        )
-    rows = encode(tokenizer, documents[:wanted], arguments.length)
+    tokenizer = train_tokenizer(read_documents())
+    documents = read_documents(arguments.documents)
+    rows = encode(tokenizer, documents, LONG)
     tokens = int((rows != tokenizer.pad_token_id).sum())
-    print(f"{wanted:,} documents, {tokens / 1e6:.1f}M tokens")
+    print(f"{len(rows):,} documents, {tokens / 1e6:.1f}M tokens")
 
     scratch = ROOT / "build" / "base-model.part"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -281,17 +295,17 @@ def main() -> None:
     tokenizer.save_pretrained(scratch)
     model = build_model(tokenizer)
     started = time.perf_counter()
-    curve = pretrain(model, rows, arguments.steps, arguments.batch, arguments.lr, scratch)
+    curve = pretrain(model, rows, arguments.lr, arguments.bfloat16, scratch)
     seconds = time.perf_counter() - started
     model.to(torch.bfloat16).save_pretrained(scratch)
     facts = {
-        "command": f"python data/pretrain_base.py --steps {arguments.steps} --batch "
-        f"{arguments.batch} --length {arguments.length} --lr {arguments.lr}",
+        "command": " ".join(["python data/pretrain_base.py", *sys.argv[1:]]),
         "vocabulary": len(tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens,
         "corpus_sha256": hashlib.sha256(CORPUS.read_bytes()).hexdigest(),
-        "steps": arguments.steps,
+        "documents": len(rows),
+        "steps": len(batches(rows, tokenizer.pad_token_id)),
         "seconds": round(seconds),
         "seed": SEED,
         "torch": torch.__version__,

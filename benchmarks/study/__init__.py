@@ -2,7 +2,7 @@
 
     python -m benchmarks.study      # hours on two cores; interrupt it, run it again, it goes on
 
-It waits for the base in `data/next-base/`. Until then `make experiments` runs `three_ways.py`, and
+It runs on the base in `data/next-base/`. `make experiments` still runs `three_ways.py`, and
 notebook 8 shows what that has stored; it goes when this study has taken its place.
 
 Every run sees 300 steps of 8 rows of the embedded tasks; runs of one seed see the same rows in the

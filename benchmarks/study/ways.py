@@ -93,7 +93,7 @@ def prepare(way: str, device: str = "cpu", new_words: bool = False) -> tuple[Any
     """
     model, tokenizer = load_base()
     if new_words:
-        tokenizer.add_tokens(list(NEW_WORDS))
+        tokenizer.add_tokens(list(NEW_WORDS.values()))
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             model.resize_token_embeddings(len(tokenizer))

@@ -14,12 +14,8 @@ from benchmarks.study import measures, parts, plan, unseen, ways
 from qlora_edu.comparison import equivalence
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_next = pytest.mark.skipif(
-    not ways.BASE.exists(), reason="the next base is not pretrained yet"
-)
 
 
-@needs_next
 def test_runs_of_one_seed_see_the_same_rows(monkeypatch):
     """So that their differences may be paired."""
     seen = {}
@@ -38,7 +34,6 @@ def test_runs_of_one_seed_see_the_same_rows(monkeypatch):
     assert seen[0][0] != seen[1][0]
 
 
-@needs_next
 def test_each_way_trains_what_it_says():
     base, tokenizer = ways.load_base()
     every, table = sum(p.numel() for p in base.parameters()), len(tokenizer) * 256
@@ -58,7 +53,6 @@ def test_each_way_trains_what_it_says():
         ways.prepare("qloar")
 
 
-@needs_next
 def test_new_words_are_tokens_of_their_own_and_begin_alike_for_every_way():
     (lora, tokenizer), (full, _) = (ways.prepare(way, new_words=True) for way in ("lora", "full"))
     table, count = lora.get_input_embeddings().weight, len(unseen.NEW_WORDS)
@@ -80,7 +74,6 @@ def pieces(tokenizer, row):
     return tokenizer.tokenize(row.messages[-1]["content"])
 
 
-@needs_next
 def test_of_the_table_only_the_rows_of_new_words_learn_and_as_pefts_do():
     """The rows are `trainable_token_indices` of PEFT: the same logits after the same steps."""
     from peft import LoraConfig, get_peft_model
@@ -114,7 +107,6 @@ def test_of_the_table_only_the_rows_of_new_words_learn_and_as_pefts_do():
     assert ways.trainable(ours, "lora + token rows") == 286_720 + count * 256
 
 
-@needs_next
 @pytest.mark.parametrize("way", ["full", "lora", "qlora", "houlsby", "qlora + embeddings"])
 def test_a_seed_means_the_same_on_every_machine(monkeypatch, way):
     """All that is drawn is there, in the processor's memory, before anything moves to a card."""
@@ -137,7 +129,6 @@ def test_a_seed_means_the_same_on_every_machine(monkeypatch, way):
     assert all(torch.equal(moved[0][name], here[name]) for name in here)
 
 
-@needs_next
 def test_what_is_measured_is_what_the_course_measures():
     """By family and by class of token the same loss, only told apart."""
     from qlora_edu.text.conversations import encode_conversations
@@ -159,7 +150,6 @@ def test_what_is_measured_is_what_the_course_measures():
     assert set(found["by_family"]) == {"question", "absent", "record"}
 
 
-@needs_next
 def test_a_short_run_is_measured_on_its_own_split_and_base(monkeypatch):
     monkeypatch.setattr(ways, "STEPS", 4)
     split = []
