@@ -5,7 +5,7 @@
 It runs on the base in `data/next-base/`. `make experiments` still runs `three_ways.py`, and
 notebook 8 shows what that has stored; it goes when this study has taken its place.
 
-Every run sees 300 steps of 8 rows of the embedded tasks; runs of one seed see the same rows in the
+Every run sees 240 steps of 8 rows of the embedded tasks; runs of one seed see the same rows in the
 same order. The learning rate warms up over 10 steps and falls along a cosine.
 
 tuning   for each way, and for few rows too, learning rates a factor of two apart until the best

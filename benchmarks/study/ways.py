@@ -16,7 +16,7 @@ from qlora_edu.text.conversations import encode_conversations, read_conversation
 from qlora_edu.training import collate, row_order, train
 
 BASE, TASKS = ROOT / "data" / "next-base", ROOT / "data" / "tasks"
-STEPS, ROWS_A_STEP, WARMUP = 300, 8, 10
+STEPS, ROWS_A_STEP, WARMUP = 240, 8, 10
 RANK, ALPHA, BOTTLENECK = 16, 32.0, 64  # 286,720 parameters of LoRA, 264,704 of Houlsby
 # What QLoRA can be varied in.
 FORMATS = {
