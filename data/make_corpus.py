@@ -373,8 +373,8 @@ def make_documents(forbidden: set[str]) -> Iterator[str]:
 
     First mostly word lists: nothing in them can be guessed, all of it can be copied. Then who is
     who, in short documents. Who sold, and who bought? To answer, a model must know which role is
-    asked *and* which name stands first, and neither alone lowers the loss. So a small model that
-    is shown all of it at once says one of the two names, forever. Told always in one order, only
+    asked *and* which name stands first, and neither alone lowers the loss: shown all of it at once,
+    a small model stays for very long with either of the two names. Told always in one order, only
     the question counts, and that it learns in a hundred steps; the other order comes after it.
     Then everything. A model that can copy, and knows a giver from a taker, learns to answer from a
     passage within minutes.
