@@ -118,7 +118,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[dict], length: in
 
 
 def batches(rows: torch.Tensor, padding: int) -> list[tuple[int, int, int]]:
-    """First row, last row (exclusive) and width of each batch, over all rows in their order."""
+    """First row, last row (exclusive) and width of each batch, over all rows in their order.
+
+    Fewer rows than make a batch, at the end, are not read.
+    """
     short = (rows != padding).sum(1) <= SHORT
     found, start = [], 0
     while start + FEW <= len(rows):
